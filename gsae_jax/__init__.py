@@ -1,0 +1,1 @@
+"""Gated Sparse Autoencoders (arXiv 2404.16014) in JAX."""

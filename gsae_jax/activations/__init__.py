@@ -1,0 +1,1 @@
+"""The activation store: its format, its writer and the loader."""

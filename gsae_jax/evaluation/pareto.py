@@ -1,0 +1,91 @@
+"""Frontiers of evaluation records, and how two architectures compare on them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+COLUMNS = (
+  ('member', 'SAE', '{}'),
+  ('site', 'site', '{}'),
+  ('features', 'features', '{}'),
+  ('l1_coefficient', 'L1', '{:g}'),
+  ('tokens_trained', 'tokens', '{:.3g}'),
+  ('l0', 'L0', '{:.1f}'),
+  ('loss_recovered', 'loss recovered', '{:.4f}'),
+  ('gamma', 'gamma', '{:.3f}'),
+  ('explained_variance', 'expl. variance', '{:.4f}'),
+  ('kl_clean_spliced', 'KL', '{:.4f}'),
+  ('ce_spliced', 'CE spliced', '{:.4f}'),
+  ('alive_fraction', 'alive', '{:.3f}'),
+)
+
+
+def cells(record: Record) -> list[str]:
+  """The record's values as the table shows them."""
+  return [
+    '–' if record[key] is None else form.format(record[key])
+    for key, _, form in COLUMNS
+  ]
+
+
+def ordered(records: Sequence[Record]) -> list[Record]:
+  """By site, then architecture, then rising L0."""
+  return sorted(records, key=lambda r: (r['site'], r['architecture'], r['l0']))
+
+
+def table(records: Sequence[Record]) -> str:
+  """A text table of the records."""
+  rows = [[name for _, name, _ in COLUMNS]]
+  rows += [cells(r) for r in ordered(records)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return '\n'.join(
+    '  '.join(v.rjust(w) for v, w in zip(row, widths, strict=True))
+    for row in rows
+  )
+
+
+def frontier(records: Sequence[Record]) -> list[Record]:
+  """The records that none of the others beats in both L0 and loss recovered."""
+  best = -math.inf
+  kept = []
+  for r in sorted(records, key=lambda r: (r['l0'], -r['loss_recovered'])):
+    if r['loss_recovered'] > best and r['l0'] > 0:
+      best = r['loss_recovered']
+      kept.append(r)
+  return kept
+
+
+def l0_ratio(
+  records: Sequence[Record], architecture: str, baseline: str
+) -> float | None:
+  """How many features fire, against the baseline at equal loss recovered.
+
+  Both frontiers are interpolated linearly in log L0 over the loss recovered
+  that both reach; the ratio is the geometric mean over that range.
+
+  Returns:
+    L0 of `architecture` over L0 of `baseline`, or None where the frontiers
+    share no range.
+  """
+  curves = []
+  for name in (architecture, baseline):
+    points = frontier([r for r in records if r['architecture'] == name])
+    if len(points) < 2:
+      return None
+    curves.append(
+      (
+        np.array([p['loss_recovered'] for p in points]),
+        np.log([p['l0'] for p in points]),
+      )
+    )
+  low = max(recovered[0] for recovered, _ in curves)
+  high = min(recovered[-1] for recovered, _ in curves)
+  if low >= high:
+    return None
+  at = np.linspace(low, high, 101)
+  ours, theirs = (np.interp(at, recovered, l0) for recovered, l0 in curves)
+  return float(np.exp(np.mean(ours - theirs)))

@@ -1,0 +1,1 @@
+"""Text in, (logits, {site: activation}) out. Knows nothing of SAEs."""

@@ -1,0 +1,1 @@
+"""The language model that comes with the package; README.md says what it is."""

@@ -1,0 +1,69 @@
+"""What every command shares: flags, one-line errors, exit codes, signals."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from gsae_jax.errors import UserError
+
+FAILED = 1
+PREEMPTED = 42
+
+
+class Preemption:
+  """Notes SIGTERM and SIGINT, so that a loop can save and leave.
+
+  True once one has come. A second signal ends the process at once.
+  """
+
+  def __init__(self):
+    self._seen = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._note)
+
+  def _note(self, number, frame):
+    del frame
+    self._seen = True
+    signal.signal(number, signal.SIG_DFL)
+
+  def __bool__(self) -> bool:
+    return self._seen
+
+
+def define_config() -> flags.FlagHolder:
+  return config_flags.DEFINE_config_file(
+    'config', None, 'Experiment file with get_config().', lock_config=True
+  )
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Runs a command and exits with its code: 0, 1 or 42."""
+  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+
+
+def _guarded(main: Callable[[], int | None], argv: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if argv[1:]:
+      raise UserError(f'unexpected argument {argv[1]!r}; flags start with --')
+    sys.exit(main() or 0)
+  except UserError as e:
+    _fail(e)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    # absl's own message may go on for lines about where a flag came from.
+    _fail(str(e).splitlines()[0])
+  except Exception as e:  # Whatever the user's config file raises.
+    _fail(f'--config: {type(e).__name__}: {str(e).splitlines()[0]}')
+
+
+def _fail(reason) -> None:
+  print(f'error: {reason}', file=sys.stderr)
+  sys.exit(FAILED)

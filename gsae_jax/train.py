@@ -1,0 +1,87 @@
+r"""Trains the SAEs of a config from an activation store.
+
+  python -m gsae_jax.train --config=experiments/quickstart.py --store=DIR \
+      --workdir=DIR
+
+Started again, it goes on from the latest checkpoint. Exits 42 when preempted.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from gsae_jax import config as config_lib
+from gsae_jax import program
+from gsae_jax.activations.store import Store, open_store
+from gsae_jax.errors import UserError
+from gsae_jax.mesh import make_mesh
+from gsae_jax.training import checkpoints, loop
+
+_CONFIG = program.define_config()
+_STORE = flags.DEFINE_string('store', None, 'The activation store.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Checkpoints and metrics: a folder or gs://.'
+)
+flags.mark_flags_as_required(['config', 'store', 'workdir'])
+
+
+def check_store(config: config_lib.Config, store: Store) -> None:
+  """Refuses a store that another kind of config made.
+
+  It may hold more rows or sites than this config asks for.
+
+  Raises:
+    UserError: names the first setting that differs.
+  """
+  here = {
+    'lm.path': config.lm.path,
+    'lm.revision': config.lm.revision,
+    'lm.dtype': config.lm.dtype,
+    'store.dtype': config.store.dtype,
+  }
+  there = {
+    'lm.path': store.provenance['lm_path'],
+    'lm.revision': store.provenance['lm_revision'],
+    'lm.dtype': store.identity['lm']['dtype'],
+    'store.dtype': store.identity['store']['dtype'],
+  }
+  for name, value in dataclasses.asdict(config.text).items():
+    if name in store.identity['text']:
+      here[f'text.{name}'] = value
+      there[f'text.{name}'] = store.identity['text'][name]
+  for name, value in here.items():
+    if there[name] != value:
+      raise UserError(
+        f'--store: {store.path} was harvested with {name}={there[name]!r}, and '
+        f'the config has {value!r}; change the config or harvest into another '
+        'folder'
+      )
+
+
+def main() -> int:
+  config = config_lib.parse(_CONFIG.value)
+  preempted = program.Preemption()
+  mesh = make_mesh(config.mesh.data, config.mesh.model)
+  store = open_store(_STORE.value)
+  check_store(config, store)
+  finished = loop.train(
+    store,
+    config.saes,
+    config.train,
+    mesh=mesh,
+    seed=config.seed,
+    workdir=_WORKDIR.value,
+    metadata={
+      'schema': checkpoints.SCHEMA,
+      'config': config_lib.plain(dataclasses.asdict(config)),
+      'identity': config.identity(),
+      'store': store.content_hash,
+      'store_identity': store.identity,
+    },
+    preempted=lambda: bool(preempted),
+  )
+  return 0 if finished else program.PREEMPTED
+
+
+if __name__ == '__main__':
+  program.run(main)

@@ -1,0 +1,1 @@
+"""State, one pure train step, resampling, checkpoints, the loop."""
