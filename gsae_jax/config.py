@@ -198,7 +198,12 @@ class Config:
     between one start of a run and the next.
     """
     train = dataclasses.asdict(self.train)
-    for name in ('checkpoint_every', 'checkpoints_kept', 'log_every', 'writers'):
+    for name in (
+      'checkpoint_every',
+      'checkpoints_kept',
+      'log_every',
+      'writers',
+    ):
       del train[name]
     saes = {s.name: dataclasses.asdict(s) for s in self.saes}
     return plain({'seed': self.seed, 'saes': saes, 'train': train})
@@ -260,6 +265,8 @@ def _parse_value(hint, value, name: str):
   if not isinstance(value, kinds) or (
     isinstance(value, bool) and bool not in kinds
   ):
-    names = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
+    names = ' or '.join(
+      'None' if k is type(None) else k.__name__ for k in kinds
+    )
     raise UserError(f'config field {name} must be {names}, not {value!r}')
   return value

@@ -1,5 +1,5 @@
 """Mistakes that a user can mend: one line, exit code 1, no traceback."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
   """Says which field, file or value is at fault, and what to do about it."""

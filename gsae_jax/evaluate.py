@@ -35,7 +35,9 @@ _POLL = flags.DEFINE_float('poll_seconds', 5.0, 'How often --watch looks.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
-def make_evaluator(config: config_lib.Config, trained: dict) -> splice.Evaluator:
+def make_evaluator(
+  config: config_lib.Config, trained: dict
+) -> splice.Evaluator:
   """The evaluator that a run's checkpoints call for.
 
   Args:
@@ -53,7 +55,7 @@ def make_evaluator(config: config_lib.Config, trained: dict) -> splice.Evaluator
     )
   lm = load_language_model(**dataclasses.asdict(config.lm))
   text = dataclasses.asdict(config.text)
-  here = {'lm': lm.identity, 'text': {k: text[k] for k in text}}
+  here = {'lm': lm.identity, 'text': text}
   there = {'lm': trained['lm'], 'text': dict(trained['text'])}
   # Evaluating on another text is a fair thing to do.
   for name in ('path', 'separator', 'documents'):
@@ -95,7 +97,9 @@ def evaluate_step(
   )
   saes = {
     name: (
-      ARCHITECTURES[m['architecture']](width=m['width'], features=m['features']),
+      ARCHITECTURES[m['architecture']](
+        width=m['width'], features=m['features']
+      ),
       m['site'],
       params[name],
     )
@@ -121,7 +125,7 @@ def evaluate_step(
 
 
 def main() -> int:
-  config = config_lib.parse(_CONFIG.value)
+  config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
   folder = epath.Path(_WORKDIR.value).expanduser() / 'eval'
   evaluator = None

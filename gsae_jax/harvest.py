@@ -47,7 +47,7 @@ def store_identity(
 
 
 def main() -> int:
-  config = config_lib.parse(_CONFIG.value)
+  config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
   mesh = make_mesh(-1, 1)
   if config.store.batch_contexts % jax.device_count():
@@ -59,6 +59,15 @@ def main() -> int:
   widths = {s: lm.module.config.check_site(s) for s in config.sites}
   lm.check_context_length(config.text.context_length)
   documents = text_lib.read_documents(config.text.path, config.text.separator)
+  contexts = text_lib.pack(
+    text_lib.split(documents, config.text.held_out, 'train'),
+    lm.tokenizer,
+    context_length=config.text.context_length,
+    packing=config.text.packing,
+    prepend_bos=config.text.prepend_bos,
+    special_tokens=config.text.special_tokens,
+    rows=config.store.tokens,
+  )
   writer = StoreWriter(
     _STORE.value,
     identity=store_identity(config, lm, documents),
@@ -72,15 +81,6 @@ def main() -> int:
     shard_rows=config.store.shard_rows,
     chunk_rows=config.store.chunk_rows,
     dtype=config.store.dtype,
-  )
-  contexts = text_lib.pack(
-    text_lib.split(documents, config.text.held_out, 'train'),
-    lm.tokenizer,
-    context_length=config.text.context_length,
-    packing=config.text.packing,
-    prepend_bos=config.text.prepend_bos,
-    special_tokens=config.text.special_tokens,
-    rows=config.store.tokens,
   )
   source = ShardSource(
     lm,

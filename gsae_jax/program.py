@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -37,6 +38,19 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file(
     'config', None, 'Experiment file with get_config().', lock_config=True
   )
+
+
+def read_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """The value of `--config`.
+
+  Raises:
+    UserError: the file is not there, or running it failed.
+  """
+  try:
+    return holder.value
+  except Exception as e:  # Put off until here by config_flags.
+    reason = str(e).strip().splitlines()[-1].strip()
+    raise UserError(f'--config: {reason}') from e
 
 
 def run(main: Callable[[], int | None]) -> None:

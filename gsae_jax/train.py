@@ -59,7 +59,7 @@ def check_store(config: config_lib.Config, store: Store) -> None:
 
 
 def main() -> int:
-  config = config_lib.parse(_CONFIG.value)
+  config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
   mesh = make_mesh(config.mesh.data, config.mesh.model)
   store = open_store(_STORE.value)

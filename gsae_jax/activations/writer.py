@@ -74,6 +74,8 @@ class StoreWriter:
         ).result()
         for name, shape, kind, shard, chunk in self._layout(dtype, chunk_rows)
       }
+    except UserError:
+      raise
     except (ValueError, OSError) as e:
       # TensorStore's errors go on to list the spec; the first clause says why.
       raise UserError(
@@ -95,8 +97,9 @@ class StoreWriter:
       store_lib.write_manifest(self.path, self._manifest())
       return
     store_lib.check_schema(self.path, manifest)
-    have = {k: v for k, v in manifest.items() if k in self._header}
-    different = store_lib.differences(have, self._header)
+    want = {k: v for k, v in self._header.items() if k != 'content_hash'}
+    have = {k: manifest.get(k) for k in want}
+    different = store_lib.differences(have, want)
     if different:
       raise UserError(
         f'--store: {self.path} holds another store ({different[0]}); give '
@@ -111,7 +114,11 @@ class StoreWriter:
       keys = (key.decode().split('/') for key in kv.list().result())
       # Keys are c/<shard>/0 or c/<shard>; a killed writer leaves lock files.
       found.append(
-        {int(k[1]) for k in keys if k[0] == 'c' and all(map(str.isdigit, k[1:]))}
+        {
+          int(k[1])
+          for k in keys
+          if k[0] == 'c' and all(map(str.isdigit, k[1:]))
+        }
       )
     return set.intersection(*found)
 

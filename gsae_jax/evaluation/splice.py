@@ -26,7 +26,9 @@ from gsae_jax.mesh import make_mesh
 AXIS = 'data'
 
 
-def clean_pass(module: nn.Module, sites: tuple[str, ...], lm_params, ids_BL, m_BL):
+def clean_pass(
+  module: nn.Module, sites: tuple[str, ...], lm_params, ids_BL, m_BL
+):
   """Sums, log-probabilities `[B, L, V]` and activations by site, unchanged."""
   logits_BLV, x = module.apply({'params': lm_params}, ids_BL, sites=sites)
   log_p_BLV = jax.nn.log_softmax(logits_BLV)
@@ -46,7 +48,9 @@ def cross_entropy(log_p_BLV, ids_BL, m_BL) -> jax.Array:
 def ablated_pass(module: nn.Module, site: str, lm_params, ids_BL, m_BL):
   """Sums with the site's rows set to zero (paper 2.3)."""
   zero = lambda x_BLD: jnp.where(m_BL[..., None], 0, x_BLD)
-  logits_BLV, _ = module.apply({'params': lm_params}, ids_BL, edits={site: zero})
+  logits_BLV, _ = module.apply(
+    {'params': lm_params}, ids_BL, edits={site: zero}
+  )
   log_p_BLV = jax.nn.log_softmax(logits_BLV)
   return jax.lax.psum({'ce': cross_entropy(log_p_BLV, ids_BL, m_BL)}, AXIS)
 

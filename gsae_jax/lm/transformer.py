@@ -88,7 +88,9 @@ class Norm(nn.Module):
     x = x_BLD.astype(jnp.float32)
     if self.config.norm == 'layernorm':
       x -= jnp.mean(x, -1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.config.norm_eps)
+    x *= jax.lax.rsqrt(
+      jnp.mean(x * x, -1, keepdims=True) + self.config.norm_eps
+    )
     x = x.astype(x_BLD.dtype)
     x *= self.param('scale', nn.initializers.ones, x.shape[-1:])
     if self.config.norm == 'layernorm':
@@ -140,7 +142,9 @@ class Attention(nn.Module):
     if c.rope_theta is not None:
       q_BLHK = rope(q_BLHK, c.rope_theta)
       k_BLGK = rope(k_BLGK, c.rope_theta)
-    z_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, is_causal=True)
+    z_BLHK = jax.nn.dot_product_attention(
+      q_BLHK, k_BLGK, v_BLGK, is_causal=True
+    )
     z = self.edit(z_BLHK.reshape(*x_BLD.shape[:2], c.heads * c.head_width))
     W_O = self.param(
       'W_O',
@@ -223,7 +227,9 @@ class Transformer(nn.Module):
         taken[name] = value
       return value
 
-    W_E = self.param('W_E', nn.initializers.normal(1.0), (c.vocabulary, c.width))
+    W_E = self.param(
+      'W_E', nn.initializers.normal(1.0), (c.vocabulary, c.width)
+    )
     x_BLD = W_E[ids_BL]
     if c.rope_theta is None:
       W_pos = self.param(

@@ -84,7 +84,9 @@ def load_language_model(
       node = node.setdefault(parent, {})
     node[leaf] = value.astype(DTYPES[dtype])
   # Buffers that older checkpoints carry and that are functions of the config.
-  unknown = [k for k in sorted(tensors) if not k.endswith('rotary_emb.inv_freq')]
+  unknown = [
+    k for k in sorted(tensors) if not k.endswith('rotary_emb.inv_freq')
+  ]
   if config.tied_embeddings:
     unknown = [k for k in unknown if k != 'lm_head.weight']
   if unknown:

@@ -26,7 +26,9 @@ class GatedSAE(nn.Module):
     zeros = nn.initializers.zeros
     F, D = self.features, self.width
     self.W_dec = self.param('W_dec', layers.unit_rows, (F, D))
-    self.W_gate = self.param('W_gate', lambda _: self.encoder_scale * self.W_dec.T)
+    self.W_gate = self.param(
+      'W_gate', lambda _: self.encoder_scale * self.W_dec.T
+    )
     self.b_gate = self.param('b_gate', zeros, (F,))
     self.r_mag = self.param('r_mag', zeros, (F,))
     self.b_mag = self.param('b_mag', zeros, (F,))

@@ -37,7 +37,9 @@ def _centred_product_bwd(residuals, dz_BF):
 centred_product.defvjp(_centred_product_fwd, _centred_product_bwd)
 
 
-def decode(f_BF: jax.Array, W_dec_FD: jax.Array, b_dec_D: jax.Array) -> jax.Array:
+def decode(
+  f_BF: jax.Array, W_dec_FD: jax.Array, b_dec_D: jax.Array
+) -> jax.Array:
   """`f W_dec + b_dec` (paper 2.1, Eq. 3)."""
   return f_BF @ W_dec_FD + b_dec_D
 

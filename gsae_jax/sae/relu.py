@@ -19,7 +19,9 @@ class ReluSAE(nn.Module):
   def setup(self):
     F, D = self.features, self.width
     self.W_dec = self.param('W_dec', layers.unit_rows, (F, D))
-    self.W_enc = self.param('W_enc', lambda _: self.encoder_scale * self.W_dec.T)
+    self.W_enc = self.param(
+      'W_enc', lambda _: self.encoder_scale * self.W_dec.T
+    )
     self.b_enc = self.param('b_enc', nn.initializers.zeros, (F,))
     self.b_dec = self.param('b_dec', nn.initializers.zeros, (D,))
 

@@ -23,7 +23,9 @@ SCHEMA = 1
 class Checkpoints:
   """The checkpoints of one workdir."""
 
-  def __init__(self, workdir: str, *, kept: int | None, read_only: bool = False):
+  def __init__(
+    self, workdir: str, *, kept: int | None, read_only: bool = False
+  ):
     """Opens the folder, and makes it unless `read_only`.
 
     Args:
@@ -62,7 +64,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, *unused):
-    self._manager.close()
+    self._manager.close()  # Waits for what is being saved.
 
   def steps(self) -> list[int]:
     """Steps of the finished checkpoints, ascending."""
@@ -75,9 +77,6 @@ class Checkpoints:
       state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata)
     )
     self._manager.save(step, args=args, force=True)
-
-  def wait(self) -> None:
-    self._manager.wait_until_finished()
 
   def metadata(self, step: int) -> dict[str, Any]:
     """What `save` was given beside the state.

@@ -1,5 +1,6 @@
 """The train loop: several SAEs, the same batches, one checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -65,7 +66,9 @@ def build_members(
       scale = site.mean_squared_norm**-0.5
     rate = config.learning_rate
     hyper = Hyperparameters(
-      learning_rate=np.float32(settings.learning_rate if rate is None else rate),
+      learning_rate=np.float32(
+        settings.learning_rate if rate is None else rate
+      ),
       l1=np.float32(config.l1),
       scale=np.float32(scale),
     )
@@ -159,39 +162,46 @@ def train(
   key = jax.device_put(
     jax.random.key_data(jax.random.key(seed)), NamedSharding(mesh, P())
   )
-  with checkpoints.Checkpoints(workdir, kept=settings.checkpoints_kept) as saved:
+  with contextlib.ExitStack() as stack:
+    saved = stack.enter_context(
+      checkpoints.Checkpoints(workdir, kept=settings.checkpoints_kept)
+    )
     done = saved.steps()
     first = done[-1] if done else 0
     if done:
       checkpoints.check_metadata(saved.metadata(first), metadata, workdir)
       key = _restore(saved, first, run, mesh, key)
     metadata = metadata | {'members': _describe(run, store)}
-    tracker = Tracker(
-      workdir,
-      resumed_at=first,
-      writers=settings.writers,
-      config=metadata['config'],
+    tracker = stack.enter_context(
+      Tracker(
+        workdir,
+        resumed_at=first,
+        writers=settings.writers,
+        config=metadata['config'],
+      )
+    )
+    bar = stack.enter_context(
+      tqdm.tqdm(
+        total=settings.steps,
+        initial=first,
+        unit='step',
+        mininterval=1.0,
+        disable=jax.process_index() != 0,
+      )
     )
 
     def save(step):
-      saved.save(step, _to_checkpoint(run, key), metadata)
+      if step not in done:
+        saved.save(step, _to_checkpoint(run, key), metadata)
 
-    bar = tqdm.tqdm(
-      total=settings.steps,
-      initial=first,
-      unit='step',
-      disable=jax.process_index() != 0,
-    )
     batches = loader.batches(NamedSharding(mesh, P('data')), start=first)
     ready = None
     for step in range(first, settings.steps):
-      if preempted():
-        if step != first:
-          save(step)
-        tracker.close()
-        return False
-      if step % settings.checkpoint_every == 0 and step not in done:
+      stopping = preempted()
+      if stopping or step % settings.checkpoint_every == 0:
         save(step)
+      if stopping:
+        return False
       if step in settings.resample_steps:
         entropy = (*jax.device_get(key).tolist(), step)
         for event in resample_members(run, loader, settings, step, entropy):
@@ -208,12 +218,11 @@ def train(
       bar.update()
       if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
         tokens = (step + 1) * settings.batch_size
-        _show(bar, tracker.write(step + 1, tokens, metrics), settings.batch_size)
-    tracker.close()
-    if settings.steps not in done:
-      save(settings.steps)
-    saved.wait()
-    bar.close()
+        _show(
+          bar, tracker.write(step + 1, tokens, metrics), settings.batch_size
+        )
+    tracker.flush()  # A diverged member must not be saved as finished.
+    save(settings.steps)
   return True
 
 
@@ -295,7 +304,10 @@ def resample_members(
       continue
     rows = functools.partial(loader.rows_at, site=m.config.site)
     losses_N = np.concatenate(
-      [losses(m.module, m.state.params, rows(b), m.hyper.scale) for b in batches]
+      [
+        losses(m.module, m.state.params, rows(b), m.hyper.scale)
+        for b in batches
+      ]
     )
     drawn = resampling.draw_rows(
       losses_N, int(dead_F.sum()), entropy=(*entropy, i)

@@ -62,9 +62,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 def abstract_member(module: nn.Module, mesh: Mesh) -> MemberState:
   """Shapes, dtypes and shardings of a member's state, allocating nothing."""
-  shapes = jax.eval_shape(
-    functools.partial(_init, module), jax.random.key(0)
-  )
+  shapes = jax.eval_shape(functools.partial(_init, module), jax.random.key(0))
   return _placed(shapes, mesh)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from gsae_jax.errors import UserError
+from gsae_jax.training.records import read_metrics
 
 
 class Tracker:
@@ -35,16 +36,29 @@ class Tracker:
       return
     folder = epath.Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    if 'tensorboard' in writers:
+      self._writers.append(_TensorBoard(os.fspath(folder / 'tensorboard')))
+    if 'wandb' in writers:
+      self._writers.append(_Wandb(folder.name, config))
     path = folder / 'metrics.jsonl'
     kept = [r for r in read_metrics(path) if r['step'] <= resumed_at]
     part = folder / 'metrics.jsonl.part'
     part.write_text(''.join(json.dumps(r) + '\n' for r in kept))
     part.replace(path)
     self._file = path.open('a')
-    if 'tensorboard' in writers:
-      self._writers.append(_TensorBoard(os.fspath(folder / 'tensorboard')))
-    if 'wandb' in writers:
-      self._writers.append(_Wandb(folder.name, config))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, error, *unused):
+    try:
+      if error is None:
+        self.flush()
+    finally:
+      for writer in self._writers:
+        writer.close()
+      if self._file:
+        self._file.close()
 
   def write(self, step: int, tokens: int, metrics: dict[str, Any]) -> dict:
     """Takes `{member: {name: scalar array}}`; returns the last call's values."""
@@ -88,13 +102,6 @@ class Tracker:
       self._file.flush()
     return values
 
-  def close(self) -> None:
-    self.flush()
-    for writer in self._writers:
-      writer.close()
-    if self._file:
-      self._file.close()
-
 
 class _TensorBoard:
   def __init__(self, folder: str):
@@ -128,16 +135,3 @@ class _Wandb:
 
   def close(self) -> None:
     self._run.finish()
-
-
-def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl; a killed writer's torn last line is left out."""
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text().splitlines():
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return records

@@ -25,7 +25,7 @@ from gsae_jax.lm.families import gelu_1l
 from gsae_jax.lm.transformer import Transformer
 
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
-_STEPS = flags.DEFINE_integer('steps', 8000, 'Optimizer steps.')
+_STEPS = flags.DEFINE_integer('steps', 4000, 'Optimizer steps.')
 _BATCH = flags.DEFINE_integer('batch', 32, 'Contexts per step.')
 _RATE = flags.DEFINE_float('learning_rate', 4e-3, 'Peak, cosine to a tenth.')
 
@@ -94,7 +94,7 @@ def train(module: Transformer, ids_CL: np.ndarray) -> dict:
       0.0, _RATE.value, 200, _STEPS.value, _RATE.value / 10
     ),
     b2=0.98,
-    weight_decay=0.01,
+    weight_decay=0.1,
   )
 
   @jax.jit
@@ -104,7 +104,9 @@ def train(module: Transformer, ids_CL: np.ndarray) -> dict:
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
 
-  params = module.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+  params = module.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))[
+    'params'
+  ]
   opt_state = tx.init(params)
   order = np.random.default_rng(0)
   for i in range(_STEPS.value):
@@ -136,7 +138,9 @@ def baselines(train_ids: np.ndarray, held: text.Contexts) -> dict[str, float]:
   }
 
 
-def evaluate(params, module, held: text.Contexts, tokenizer) -> dict[str, float]:
+def evaluate(
+  params, module, held: text.Contexts, tokenizer
+) -> dict[str, float]:
   """Cross-entropy of the predictions made at positions that count."""
   run = jax.jit(lambda params, ids: losses(params, module, ids))
   total = 0.0

@@ -1,0 +1,44 @@
+# make quickstart   the whole line on the embedded model, from a fresh clone
+# make test         every test, from a fresh clone
+# make test-fast    those that take seconds
+# make test-stacks  a quick part of them on the newest JAX and on Colab's
+# make lint
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; \
+  do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && echo $$p && break; done)
+QUICKSTART ?= quickstart
+CONFIG = experiments/quickstart.py
+
+# Without these, glibc gives the memory of every large temporary back to the
+# system, and a step on CPU spends a fifth of its time faulting it in again.
+export MALLOC_MMAP_THRESHOLD_ = 4000000000
+export MALLOC_TRIM_THRESHOLD_ = 8000000000
+
+.PHONY: quickstart test test-fast test-stacks lint
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; set PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade pip
+	.venv/bin/python -m pip install -q -e '.[test]'
+	touch $@
+
+quickstart: .venv/installed
+	.venv/bin/python -m gsae_jax.harvest --config=$(CONFIG) --store=$(QUICKSTART)/store
+	.venv/bin/python -m gsae_jax.train --config=$(CONFIG) --store=$(QUICKSTART)/store --workdir=$(QUICKSTART)/run
+	.venv/bin/python -m gsae_jax.evaluate --config=$(CONFIG) --workdir=$(QUICKSTART)/run
+	@echo; echo "The report:"; .venv/bin/python -m gsae_jax.report --workdir=$(QUICKSTART)/run
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+test-fast: .venv/installed
+	.venv/bin/python -m pytest -m 'not slow'
+
+test-stacks:
+	bash tests/stacks.sh
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

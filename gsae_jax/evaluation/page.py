@@ -1,0 +1,343 @@
+"""The report: one HTML page made of evaluation records and training metrics."""
+
+import html
+from collections.abc import Sequence
+
+from gsae_jax.evaluation import figures, pareto
+from gsae_jax.evaluation.pareto import Record
+
+LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
+
+# A ratio that moves by less between two checkpoints has stopped moving.
+SETTLED = 0.03
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #16202e; --soft: #5b6778;
+  --line: #dfe4ec; --paper: #f6f7fa; --card: #ffffff;
+  --gated: #1f6feb; --relu: #d9730d; --other: #7a52cc; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf3; --soft: #97a3b6;
+  --line: #2b3442; --paper: #10151d; --card: #171e29;
+  --gated: #5b9dff; --relu: #f2994a; --other: #b294ff; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif }
+main { max-width: 1220px; margin: 0 auto; padding: 36px 24px 64px }
+h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -.01em }
+h2 { font-size: 18px; margin: 40px 0 12px }
+h3 { font-size: 14px; margin: 0 0 8px; font-weight: 600 }
+p.lead, p.note { color: var(--soft); margin: 4px 0 0; max-width: 80ch }
+.cards { display: grid; gap: 14px; margin-top: 22px;
+  grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)) }
+.card, figure { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; padding: 16px 18px; margin: 0 }
+.card b { display: block; font-size: 25px; font-weight: 650;
+  letter-spacing: -.02em; font-variant-numeric: tabular-nums }
+.card span { color: var(--soft); font-size: 13px }
+.flag { color: var(--relu); font-weight: 600 }
+.figures { display: grid; gap: 14px;
+  grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)) }
+figcaption { color: var(--soft); font-size: 13px; margin-top: 6px }
+svg { width: 100%; height: auto; display: block }
+.grid { stroke: var(--line); stroke-width: 1 }
+.guide { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 4 4 }
+.tick { fill: var(--soft); font-size: 12px }
+.axis { fill: var(--ink); font-size: 13px }
+polyline { fill: none; stroke: currentColor; stroke-width: 2 }
+circle { fill: currentColor; stroke: var(--card); stroke-width: 1.5 }
+.s-gated { color: var(--gated) } .s-relu { color: var(--relu) }
+.s-other { color: var(--other) }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px;
+  padding-left: 62px }
+.key i { display: inline-block; width: 11px; height: 11px; margin-right: 6px;
+  border-radius: 50%; background: currentColor }
+.scroll { overflow-x: auto; background: var(--card); border-radius: 10px;
+  border: 1px solid var(--line) }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px;
+  font-variant-numeric: tabular-nums }
+th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
+th { color: var(--soft); font-weight: 600 }
+th:first-child, td:first-child { text-align: left }
+tr:last-child td { border-bottom: 0 }
+td i { display: inline-block; width: 9px; height: 9px; border-radius: 50%;
+  background: currentColor; margin-right: 8px }
+"""
+
+
+def render(
+  title: str,
+  evaluations: dict[int, Sequence[Record]],
+  metrics: Sequence[dict],
+) -> str:
+  """The page.
+
+  Args:
+    title: the run's name.
+    evaluations: records by step, at least one step.
+    metrics: lines of metrics.jsonl, in order.
+  """
+  last = evaluations[max(evaluations)]
+  sites = sorted({r['site'] for r in last})
+  parts = [
+    f'<h1>{html.escape(title)}</h1>',
+    f'<p class="lead">{html.escape(_lead(last))}</p>',
+  ]
+  for site in sites:
+    history = {
+      step: [r for r in records if r['site'] == site]
+      for step, records in evaluations.items()
+    }
+    parts.append(_site(site, history, len(sites) > 1))
+  parts += [_training(last, metrics), _table(last)]
+  body = '\n'.join(parts)
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+    f'<body><main>{body}</main></body></html>\n'
+  )
+
+
+def _label(architecture: str) -> str:
+  return LABELS.get(architecture, architecture)
+
+
+def _style(architecture: str) -> str:
+  return architecture if architecture in LABELS else 'other'
+
+
+def _lead(records: Sequence[Record]) -> str:
+  r = records[0]
+  names = sorted({_label(r['architecture']) for r in records})
+  return (
+    f'{len(records)} sparse autoencoders ({", ".join(names)}) after '
+    f'{r["tokens_trained"]:,} activations each, evaluated on '
+    f'{r["num_tokens"]:,} held-out tokens; clean cross-entropy '
+    f'{r["ce_clean"]:.4f} nats per token.'
+  )
+
+
+def _site(site: str, history: dict[int, list[Record]], many: bool) -> str:
+  last = history[max(history)]
+  heading = f'<h2>{html.escape(site)}</h2>' if many else ''
+  ratios = []
+  for step in sorted(history):
+    ratio = pareto.l0_ratio(history[step], 'gated', 'relu')
+    if ratio is not None:
+      ratios.append((history[step][0]['tokens_trained'], ratio))
+  frames = [
+    _figure(
+      'Loss recovered against sparsity',
+      'Up and to the left is better. Lines join each architecture’s frontier; '
+      'every SAE is shown.',
+      figures.figure(
+        _frontiers(last),
+        x_label='L0, features active per token (log)',
+        y_label='loss recovered',
+        title=f'Pareto frontier at {site}',
+        log_x=True,
+      ),
+    ),
+    _figure(
+      'Relative reconstruction bias γ',
+      'Below 1, reconstructions are too small: shrinkage.',
+      figures.figure(
+        _by_architecture(last, 'gamma'),
+        x_label='L0, features active per token (log)',
+        y_label='γ',
+        title=f'gamma at {site}',
+        log_x=True,
+        guide=1.0,
+      ),
+    ),
+  ]
+  if len(ratios) > 1:
+    points = [(t, r, f'{t:,} activations: {r:.3f}') for t, r in ratios]
+    frames.append(
+      _figure(
+        'L0 ratio at equal loss recovered, over training',
+        'Gated over baseline, 1 is level. The baseline converges more slowly, '
+        'so a ratio that still moves flatters Gated.',
+        figures.figure(
+          [figures.Series('Gated / baseline', 'gated', points)],
+          x_label='activations seen by each SAE',
+          y_label='L0 ratio',
+          title=f'L0 ratio at {site}',
+          guide=1.0,
+        ),
+      )
+    )
+  frames.append(
+    _figure(
+      'Explained variance against sparsity',
+      'One minus the variance that the reconstruction leaves.',
+      figures.figure(
+        _by_architecture(last, 'explained_variance'),
+        x_label='L0, features active per token (log)',
+        y_label='explained variance',
+        title=f'Explained variance at {site}',
+        log_x=True,
+      ),
+    )
+  )
+  return (
+    f'{heading}{_cards(last, ratios)}<h2>Fidelity</h2>'
+    f'<div class="figures">{"".join(frames)}</div>'
+  )
+
+
+def _figure(heading: str, caption: str, svg: str) -> str:
+  return (
+    f'<figure><h3>{html.escape(heading)}</h3>{svg}'
+    f'<figcaption>{html.escape(caption)}</figcaption></figure>'
+  )
+
+
+def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
+  cards = []
+  if ratios:
+    note = 'L0, Gated over baseline at equal loss recovered'
+    if len(ratios) < 2 or not settled(ratios):
+      note += '<br><em class="flag">not converged</em>'
+    cards.append((f'{ratios[-1][1]:.2f}', note))
+  for architecture in sorted({r['architecture'] for r in records}):
+    gammas = [
+      r['gamma']
+      for r in records
+      if r['architecture'] == architecture and r['gamma'] is not None
+    ]
+    if gammas:
+      cards.append(
+        (
+          f'{min(gammas):.3f}–{max(gammas):.3f}',
+          f'γ, {html.escape(_label(architecture))}',
+        )
+      )
+  cards.append((f'{records[0]["ce_clean"]:.3f}', 'clean cross-entropy, nats'))
+  cards.append(
+    (
+      f'{records[0]["ce_zero_ablation"]:.3f}',
+      'cross-entropy with the site at zero',
+    )
+  )
+  return '<div class="cards">{}</div>'.format(
+    ''.join(
+      f'<div class="card"><b>{value}</b><span>{note}</span></div>'
+      for value, note in cards
+    )
+  )
+
+
+def settled(ratios: Sequence[tuple[int, float]]) -> bool:
+  """Whether the last two checkpoints agree on the ratio."""
+  return abs(ratios[-1][1] / ratios[-2][1] - 1) < SETTLED
+
+
+def _hover(r: Record) -> str:
+  gamma = '–' if r['gamma'] is None else f'{r["gamma"]:.3f}'
+  return (
+    f'{r["member"]}: L1 {r["l1_coefficient"]:g}, L0 {r["l0"]:.1f}, loss '
+    f'recovered {r["loss_recovered"]:.4f}, gamma {gamma}'
+  )
+
+
+def _frontiers(records: list[Record]) -> list[figures.Series]:
+  series = []
+  for name in sorted({r['architecture'] for r in records}):
+    own = [r for r in records if r['architecture'] == name]
+    for points, line in ((pareto.frontier(own), True), (own, False)):
+      series.append(
+        figures.Series(
+          _label(name),
+          _style(name),
+          [(r['l0'], r['loss_recovered'], _hover(r)) for r in points],
+          line=line,
+          dots=not line,
+        )
+      )
+  return series
+
+
+def _by_architecture(records: list[Record], key: str) -> list[figures.Series]:
+  return [
+    figures.Series(
+      _label(name),
+      _style(name),
+      [
+        (r['l0'], r[key], _hover(r))
+        for r in pareto.ordered(records)
+        if r['architecture'] == name and r[key] is not None
+      ],
+    )
+    for name in sorted({r['architecture'] for r in records})
+  ]
+
+
+def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
+  if not metrics:
+    return ''
+  frames = []
+  for key, label, log in (
+    ('loss', 'training loss', True),
+    ('l0', 'L0 (log)', True),
+    ('dead_fraction', 'dead features', False),
+  ):
+    series = []
+    for name in sorted({r['architecture'] for r in records}):
+      own = sorted(
+        (r for r in records if r['architecture'] == name),
+        key=lambda r: r['l1_coefficient'],
+      )
+      for i, r in enumerate(own):
+        series.append(
+          figures.Series(
+            f'{_label(name)}, darker with rising L1',
+            _style(name),
+            _curve(metrics, r['member'], key),
+            dots=False,
+            opacity=0.35 + 0.65 * (i + 1) / len(own),
+          )
+        )
+    frames.append(
+      _figure(
+        label.capitalize(),
+        'One line per SAE.',
+        figures.figure(
+          series, x_label='step', y_label=label, title=label, log_y=log
+        ),
+      )
+    )
+  return f'<h2>Training</h2><div class="figures">{"".join(frames)}</div>'
+
+
+def _curve(
+  metrics: Sequence[dict], member: str, key: str, most: int = 300
+) -> list[tuple[float, float, str]]:
+  points = [
+    (m['step'], m[key], member)
+    for m in metrics
+    if m['member'] == member and key in m
+  ]
+  return points[:: max(1, len(points) // most)]
+
+
+def _table(records: Sequence[Record]) -> str:
+  head = ''.join(
+    f'<th>{html.escape(name)}</th>' for _, name, _ in pareto.COLUMNS
+  )
+  rows = []
+  for r in pareto.ordered(records):
+    first, *rest = (html.escape(c) for c in pareto.cells(r))
+    style = _style(r['architecture'])
+    rows.append(
+      f'<tr><td><i class="s-{style}"></i>{first}</td>'
+      + ''.join(f'<td>{c}</td>' for c in rest)
+      + '</tr>'
+    )
+  return (
+    '<h2>Every SAE</h2><div class="scroll"><table><thead><tr>'
+    f'{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    '<p class="note">L0, loss recovered and gamma as in arXiv 2404.16014, each '
+    'a ratio of sums over all evaluated tokens. Special tokens keep their '
+    'activations and are not counted.</p>'
+  )

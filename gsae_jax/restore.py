@@ -1,0 +1,144 @@
+"""`gsae_jax.load`: a trained SAE from wherever it was written."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from gsae_jax.errors import UserError
+from gsae_jax.sae import ARCHITECTURES
+from gsae_jax.training.checkpoints import SCHEMA, Checkpoints
+
+
+class SAE:
+  """A trained SAE; takes raw activations, whatever it was trained on.
+
+  Attributes:
+    params: dictionary of arrays with the paper's names; rows of `W_dec` are
+      features.
+    config: plain data: `name`, `architecture`, `site`, `width`, `features`,
+      `l1`, `seed`, `learning_rate`, and `scale`, which activations were
+      multiplied by in training and which is folded into `params`.
+    metadata: plain data: the `step`, the run's `config`, the content hash of
+      its `store` and `store_identity`, which names the language model.
+  """
+
+  def __init__(
+    self,
+    params: dict[str, jax.Array],
+    config: dict[str, Any],
+    metadata: dict[str, Any],
+  ):
+    self.params = params
+    self.config = config
+    self.metadata = metadata
+    module = ARCHITECTURES[config['architecture']](
+      width=config['width'], features=config['features']
+    )
+    self._apply = {
+      method: jax.jit(functools.partial(module.apply, method=method))
+      for method in ('encode', 'decode')
+    }
+
+  def encode(self, x: jax.Array) -> jax.Array:
+    """Features `[..., features]` of activations `[..., width]`."""
+    self._check(x, 'width')
+    return self._apply['encode']({'params': self.params}, x)
+
+  def decode(self, f: jax.Array) -> jax.Array:
+    """Reconstructions `[..., width]` of features `[..., features]`."""
+    self._check(f, 'features')
+    return self._apply['decode']({'params': self.params}, f)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`decode(encode(x))`."""
+    return self.decode(self.encode(x))
+
+  def _check(self, value: jax.Array, size: str) -> None:
+    if value.shape[-1] != self.config[size]:
+      raise ValueError(
+        f'the last axis has {value.shape[-1]} entries, and this SAE has '
+        f'{size}={self.config[size]}'
+      )
+
+  def save(self, folder: str) -> None:
+    """Writes `sae.safetensors` and `sae.json`, which `load` reads."""
+    path = epath.Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = {k: np.asarray(v) for k, v in self.params.items()}
+    about = {'schema': SCHEMA, 'config': self.config, 'metadata': self.metadata}
+    (path / 'sae.safetensors').write_bytes(safetensors.numpy.save(arrays))
+    (path / 'sae.json').write_text(json.dumps(about, indent=1) + '\n')
+
+  def __repr__(self) -> str:
+    c = self.config
+    return (
+      f'SAE({c["name"]!r}, architecture={c["architecture"]!r}, '
+      f'site={c["site"]!r}, width={c["width"]}, features={c["features"]}, '
+      f'step={self.metadata["step"]})'
+    )
+
+
+def load(path: str, step: int | None = None, member: str | None = None) -> SAE:
+  """Loads one SAE onto this process's first device.
+
+  Args:
+    path: a workdir, one of its checkpoints, or a folder that `SAE.save` wrote.
+    step: which checkpoint of a workdir; None is the latest.
+    member: which SAE of the run; may be None where there is only one.
+
+  Raises:
+    UserError: there is nothing to load, or the choice is not clear.
+  """
+  where = epath.Path(path).expanduser()
+  if (where / 'sae.json').exists():
+    return _load_exported(where)
+  if where.parent.name == 'checkpoints' and where.name.isdigit():
+    step = int(where.name) if step is None else step
+    where = where.parent
+  if where.name == 'checkpoints':
+    where = where.parent
+  with Checkpoints(str(where), kept=None, read_only=True) as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise UserError(f'no finished checkpoint in {where}')
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      known = ', '.join(map(str, steps))
+      raise UserError(
+        f'no checkpoint of step {step} in {where}; it has {known}'
+      )
+    metadata = checkpoints.metadata(step)
+    members = {m['name']: m for m in metadata.pop('members')}
+    if member is None and len(members) == 1:
+      (member,) = members
+    if member not in members:
+      raise UserError(
+        f'member={member!r}: the run at {where} has {", ".join(members)}; '
+        'choose one'
+      )
+    config = members[member]
+    shapes = config.pop('shapes')
+    params = checkpoints.restore_params(step, {member: shapes})[member]
+  return SAE(
+    {k: jnp.asarray(v) for k, v in params.items()},
+    config,
+    metadata | {'step': step},
+  )
+
+
+def _load_exported(folder: epath.Path) -> SAE:
+  about = json.loads((folder / 'sae.json').read_text())
+  if about.get('schema') != SCHEMA:
+    raise UserError(
+      f'{folder}/sae.json has schema {about.get("schema")}, and this version '
+      f'reads {SCHEMA}; install the version that wrote it'
+    )
+  arrays = safetensors.numpy.load((folder / 'sae.safetensors').read_bytes())
+  params = {k: jnp.asarray(v) for k, v in arrays.items()}
+  return SAE(params, about['config'], about['metadata'])

@@ -1,0 +1,49 @@
+"""Four fake devices, set before the backend starts; no test touches a real one."""
+
+import os
+
+# XLA's CPU pool: collectives of fake devices deadlock when it is smaller than
+# their number, which on few cores it is by default.
+os.environ.setdefault('NPROC', '16')
+
+import jax  # noqa: E402
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+
+import pathlib  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+from gsae_jax.lm.weights import load_language_model  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / 'shared' / 'data'
+
+
+def pytest_configure(config):
+  del config
+  flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope='session')
+def embedded():
+  return load_language_model('embedded', revision=None, dtype='float32')
+
+
+@pytest.fixture(scope='session')
+def stories():
+  """The folder of a real Llama model, and real text for it."""
+  if not (SHARED / 'stories260k').is_dir():
+    pytest.skip(f'no real model at {SHARED}/stories260k')
+  return (
+    SHARED / 'stories260k' / 'hf',
+    SHARED / 'tinystories-text' / 'tinystories_a.txt',
+  )
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)

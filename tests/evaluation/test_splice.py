@@ -1,0 +1,179 @@
+"""The evaluator against float64 NumPy that materialises everything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax.evaluation import metrics
+from gsae_jax.evaluation.splice import Evaluator
+from gsae_jax.lm import text
+from gsae_jax.sae import ARCHITECTURES
+
+SITE, WIDTH, FEATURES, LENGTH = 'mlp_out.0', 128, 192, 32
+TOKENS = 700
+
+
+@pytest.fixture(scope='module')
+def contexts(embedded):
+  documents = text.read_documents('stdlib', None)
+  return text.pack(
+    text.split(documents, 0.1, 'held_out')[:20],
+    embedded.tokenizer,
+    context_length=LENGTH,
+    packing='stream',
+    prepend_bos=True,
+    special_tokens='drop',
+    rows=TOKENS,
+  )
+
+
+@pytest.fixture(scope='module')
+def saes():
+  rng = np.random.default_rng(0)
+  found = {}
+  for name in ('gated', 'relu'):
+    module = ARCHITECTURES[name](WIDTH, FEATURES)
+    p = module.init(jax.random.key(0), jnp.zeros((1, WIDTH)))['params']
+    p = {k: np.asarray(v) for k, v in p.items()}
+    for k in p:
+      if k.startswith('b_') or k == 'r_mag':
+        p[k] = rng.normal(size=p[k].shape).astype(np.float32) * 0.3 - 0.2
+    found[name] = (module, SITE, p)
+  return found
+
+
+def evaluate(embedded, contexts, saes, **changes):
+  values = {'tokens': TOKENS, 'batch_size': 8, 'parallel': 'pmap'}
+  evaluator = Evaluator(embedded, contexts, **values | changes)
+  return {k: metrics.record(*s) for k, s in evaluator.run(saes).items()}
+
+
+def softmax_losses(logits, ids):
+  logits = logits - logits.max(-1, keepdims=True)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  picked = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
+  return -picked, log_p
+
+
+def expected(embedded, contexts, sae, p):
+  """The record by definition; only the language model itself is float32."""
+  ids = contexts.ids_CL
+  # TOKENS positions count, in order; the rest are as if masked.
+  mask = contexts.mask_CL & (
+    np.cumsum(contexts.mask_CL).reshape(ids.shape) <= TOKENS
+  )
+  run = lambda **k: embedded.module.apply({'params': embedded.params}, ids, **k)
+  logits, taken = run(sites=(SITE,))
+  x = np.asarray(taken[SITE], np.float64)
+  p = {k: v.astype(np.float64) for k, v in p.items()}
+  W_enc = p['W_gate'] if sae == 'gated' else p['W_enc']
+  z = (x - p['b_dec']) @ W_enc
+  if sae == 'gated':
+    magnitude = np.maximum(np.exp(p['r_mag']) * z + p['b_mag'], 0)
+    f = (z + p['b_gate'] > 0) * magnitude
+  else:
+    f = np.maximum(z + p['b_enc'], 0)
+  x_hat = f @ p['W_dec'] + p['b_dec']
+
+  def losses(new):
+    replaced = jnp.asarray(np.where(mask[..., None], new, x), jnp.float32)
+    out, _ = run(edits={SITE: lambda _: replaced})
+    return softmax_losses(np.asarray(out, np.float64), ids)
+
+  counted = mask[:, :-1]
+  clean, log_p = softmax_losses(np.asarray(logits, np.float64), ids)
+  spliced, log_q = losses(x_hat)
+  zero, _ = losses(np.zeros_like(x))
+  mean = lambda v: v[counted].mean()
+  kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[:, :-1]
+  x, x_hat, f = x[mask], x_hat[mask], f[mask]
+  error = ((x - x_hat) ** 2).sum(1).mean()
+  dot = (x * x_hat).sum(1)
+  norms = np.linalg.norm(x, axis=1) * np.linalg.norm(x_hat, axis=1)
+  return {
+    'l0': (f > 0).sum(1).mean(),
+    'loss_recovered': 1
+    - (mean(spliced) - mean(clean)) / (mean(zero) - mean(clean)),
+    'ce_clean': mean(clean),
+    'ce_spliced': mean(spliced),
+    'ce_zero_ablation': mean(zero),
+    'kl_clean_spliced': mean(kl),
+    'gamma': (x_hat**2).sum() / dot.sum(),
+    'explained_variance': 1 - error / ((x - x.mean(0)) ** 2).sum(1).mean(),
+    'mse': error,
+    'cosine': (dot / norms).mean(),
+    'alive_fraction': (f > 0).any(0).mean(),
+    'num_tokens': TOKENS,
+  }
+
+
+@pytest.mark.parametrize('sae', ['gated', 'relu'])
+def test_every_metric_equals_its_definition(sae, embedded, contexts, saes):
+  got = evaluate(embedded, contexts, saes)[sae]
+  want = expected(embedded, contexts, sae, saes[sae][2])
+  assert set(got) == set(want)
+  for name in want:
+    # A gate in 50,000 may fall the other way in float32.
+    rtol = 1e-4 if name == 'l0' else 2e-5
+    np.testing.assert_allclose(got[name], want[name], rtol=rtol, err_msg=name)
+  assert 0.05 < want['alive_fraction'] <= 1 and want['l0'] > 1
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'parallel': 'mesh'},
+    {'batch_size': 4},
+    {'batch_size': 12, 'parallel': 'mesh'},
+  ],
+)
+def test_neither_devices_nor_batches_matter(changes, embedded, contexts, saes):
+  want = evaluate(embedded, contexts, saes)
+  got = evaluate(embedded, contexts, saes, **changes)
+  for sae in want:
+    for name, value in want[sae].items():
+      np.testing.assert_allclose(got[sae][name], value, rtol=1e-5, err_msg=name)
+
+
+def test_a_perfect_and_an_empty_reconstruction(embedded, contexts, saes):
+  module, site, p = saes['relu']
+  empty = {k: np.zeros_like(v) for k, v in p.items()}
+  # x = relu(x) - relu(-x), exactly.
+  perfect = {k: np.zeros_like(v) for k, v in p.items()}
+  perfect['W_enc'] = np.zeros((WIDTH, FEATURES * 2), np.float32)
+  perfect['W_enc'][:, :WIDTH] = np.eye(WIDTH)
+  perfect['W_enc'][:, WIDTH : 2 * WIDTH] = -np.eye(WIDTH)
+  perfect['W_dec'] = perfect['W_enc'].T.copy()
+  perfect['b_enc'] = np.zeros(FEATURES * 2, np.float32)
+  wide = ARCHITECTURES['relu'](WIDTH, FEATURES * 2)
+  records = evaluate(
+    embedded,
+    contexts,
+    {'empty': (module, site, empty), 'perfect': (wide, site, perfect)},
+  )
+  assert records['empty']['loss_recovered'] == 0
+  assert records['empty']['l0'] == 0 and records['empty']['gamma'] is None
+  assert records['empty']['alive_fraction'] == 0
+  np.testing.assert_allclose(records['perfect']['loss_recovered'], 1, atol=1e-5)
+  np.testing.assert_allclose(records['perfect']['gamma'], 1, rtol=1e-6)
+  np.testing.assert_allclose(
+    records['perfect']['kl_clean_spliced'], 0, atol=1e-6
+  )
+  np.testing.assert_allclose(records['perfect']['l0'], WIDTH, rtol=1e-3)
+
+
+def test_gamma_of_a_halved_reconstruction_is_a_half():
+  # Sam Marks's check of the paper's first version: x = 1, x_hat = 1/2.
+  spliced = {
+    'ce': 3.0, 'kl': 0.0, 'l0': 2.0, 'error': 0.5, 'x_squared': 2.0,
+    'x_hat_squared': 0.5, 'dot': 1.0, 'cosine': 2.0, 'tokens': 2.0,
+    'x': np.array([0.0]), 'fired': np.array([2.0, 0.0]),
+  }  # fmt: skip
+  spliced = {k: np.asarray(v) for k, v in spliced.items()}
+  clean = {'ce': np.asarray(2.0), 'predictions': np.asarray(2.0)}
+  record = metrics.record(clean, {'ce': np.asarray(6.0)}, spliced)
+  assert record['gamma'] == 0.5
+  assert record['loss_recovered'] == 0.75
+  assert record['explained_variance'] == 0.75
+  assert record['alive_fraction'] == 0.5 and record['num_tokens'] == 2

@@ -1,0 +1,125 @@
+"""Documents, their split, and packing."""
+
+import numpy as np
+import pytest
+
+from gsae_jax.errors import UserError
+from gsae_jax.lm import text
+
+
+@pytest.fixture(scope='module')
+def tokenizer(embedded):
+  return embedded.tokenizer
+
+
+@pytest.fixture
+def stories_file(tmp_path):
+  path = tmp_path / 'a.txt'
+  documents = [f'def f{i}(x):\n  return x + {i}\n' * 5 for i in range(200)]
+  path.write_text('<|sep|>'.join([*documents, documents[0], '  ']))
+  return path
+
+
+def pack(texts, tokenizer, **changes):
+  values = {
+    'context_length': 16,
+    'packing': 'stream',
+    'prepend_bos': True,
+    'special_tokens': 'drop',
+    'rows': 500,
+  }
+  return text.pack(texts, tokenizer, **values | changes)
+
+
+def test_documents_are_distinct_and_in_an_order_of_their_own(stories_file):
+  documents = text.read_documents(str(stories_file), '<|sep|>')
+  assert len(documents.texts) == 200
+  whole = text.read_documents(str(stories_file), None)
+  assert len(whole.texts) == 1 and whole.digest != documents.digest
+  again = text.read_documents(str(stories_file.parent / '*.txt'), '<|sep|>')
+  assert again == documents
+
+
+def test_the_parts_share_nothing_and_do_not_depend_on_the_rest(stories_file):
+  documents = text.read_documents(str(stories_file), '<|sep|>')
+  train = set(text.split(documents, 0.25, 'train'))
+  held = set(text.split(documents, 0.25, 'held_out'))
+  assert not train & held and len(train | held) == 200
+  assert 30 < len(held) < 70
+  half = text.Documents(documents.texts[::2], '')
+  assert set(text.split(half, 0.25, 'held_out')) == held & set(half.texts)
+
+
+def test_a_part_without_documents_says_what_to_do(stories_file):
+  one = text.read_documents(str(stories_file), None)
+  with pytest.raises(UserError, match='leaves none for .*; set text.separator'):
+    text.split(one, 0.001, 'held_out')
+
+
+def test_stream_packing_keeps_every_token_in_order(tokenizer):
+  texts = ['import os\n' * 30, 'x = 1\n' * 9, 'pass\n' * 80]
+  contexts = pack(texts, tokenizer, rows=200)
+  bos = tokenizer.bos_id
+  assert (contexts.ids_CL[:, 0] == bos).all()
+  np.testing.assert_array_equal(contexts.special_CL, contexts.ids_CL == bos)
+  np.testing.assert_array_equal(contexts.mask_CL, contexts.ids_CL != bos)
+  want = [i for ids in tokenizer.encode(texts) for i in ids]
+  got = contexts.ids_CL[contexts.mask_CL].tolist()
+  assert got == want[: len(got)] and len(got) >= 200
+  # Each of the documents begins behind a BOS; none is doubled.
+  following = contexts.ids_CL[:, 1:][contexts.ids_CL[:, :-1] == bos]
+  assert bos not in following
+  assert tokenizer.encode(['x'])[0][0] in following
+
+
+def test_document_packing_begins_every_context_with_a_document(tokenizer):
+  texts = [f'class A{i}:\n' + '  y = 2\n' * 20 for i in range(30)]
+  contexts = pack(texts, tokenizer, packing='documents', rows=300)
+  first = [ids[:15] for ids in tokenizer.encode(texts)]
+  assert [row[1:].tolist() for row in contexts.ids_CL] == first[:20]
+
+
+def test_without_bos_there_is_none(tokenizer):
+  texts = ['import os\n' * 300]
+  contexts = pack(texts, tokenizer, prepend_bos=False)
+  assert contexts.mask_CL.all() and not contexts.special_CL.any()
+  want = tokenizer.encode(texts)[0]
+  assert contexts.ids_CL.ravel().tolist() == want[: contexts.ids_CL.size]
+
+
+def test_keep_counts_special_tokens_too(tokenizer):
+  contexts = pack(['import os\n' * 300], tokenizer, special_tokens='keep')
+  assert contexts.mask_CL.all() and contexts.special_CL[:, 0].all()
+
+
+def test_too_little_text_and_too_little_tokenizer(tokenizer, tmp_path):
+  with pytest.raises(UserError, match='has 15 usable tokens in contexts of 16'):
+    pack(['pass\n' * 10], tokenizer)
+  with pytest.raises(UserError, match="no file matches '.*nothing.*'"):
+    text.read_documents(str(tmp_path / 'nothing*'), None)
+  (tmp_path / 'empty').write_text(' \n')
+  with pytest.raises(UserError, match='no text in'):
+    text.read_documents(str(tmp_path / 'empty'), None)
+
+  class NoBos:
+    bos_id = None
+    special_ids = ()
+
+  with pytest.raises(UserError, match='names no bos_token; set it to False'):
+    pack(['a'], NoBos())
+
+
+def test_bos_with_id_zero_is_a_bos(tokenizer):
+  assert tokenizer.bos_id == 0 and tokenizer.special_ids == (0,)
+
+
+def test_text_survives_a_round_trip(tokenizer):
+  source = 'def é(x):\n\treturn "日本" + x  # naïve\r\n'
+  assert tokenizer.decode(tokenizer.encode([source])[0]) == source
+
+
+def test_the_standard_library_is_there_without_its_tests():
+  documents = text.read_documents('stdlib', None)
+  assert len(documents.texts) > 200
+  assert sum(map(len, documents.texts)) > 4_000_000
+  assert not any('class CompatTestCase' in t for t in documents.texts)

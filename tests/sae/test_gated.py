@@ -1,0 +1,78 @@
+"""The Gated encoder: its values, its JumpReLU form, its edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax.sae.gated import GatedSAE, jumprelu_parameters
+
+
+def random_params(rng, D=32, F=128):
+  W_dec = rng.normal(size=(F, D))
+  return {
+    'W_dec': W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True),
+    'W_gate': rng.normal(size=(D, F)) / 3,
+    'b_gate': rng.normal(size=F),
+    'r_mag': rng.normal(size=F) / 2,
+    'b_mag': rng.normal(size=F),
+    'b_dec': rng.normal(size=D),
+  }
+
+
+def test_values_of_a_published_example():
+  # SAELens's own fixture for its gated SAE.
+  params = {
+    'W_gate': jnp.ones((2, 3)),
+    'b_gate': jnp.array([-2.0, 0.0, 1.0]),
+    'r_mag': jnp.array([1.0, 2.0, 3.0]),
+    'b_mag': jnp.ones(3),
+    'W_dec': jnp.ones((3, 2)),
+    'b_dec': jnp.zeros(2),
+  }
+  out = GatedSAE(2, 3).apply({'params': params}, jnp.array([[0.3, 0.3]]))
+  np.testing.assert_allclose(out['f'][0], [0, 5.4334, 13.0513], atol=1e-4)
+  np.testing.assert_allclose(out['x_hat'][0], [18.4848, 18.4848], atol=2e-4)
+
+
+@pytest.fixture
+def x64():
+  jax.config.update('jax_enable_x64', True)
+  yield
+  jax.config.update('jax_enable_x64', False)
+
+
+def test_equals_its_jumprelu_form(rng, x64):
+  p = random_params(rng)
+  params = {k: jnp.asarray(v) for k, v in p.items()}
+  x = jnp.asarray(rng.normal(size=(512, 32)))
+  f = GatedSAE(32, 128).apply({'params': params}, x, method='encode')
+  W, b, theta = jumprelu_parameters(params)
+  pre = x @ W + b
+  jumped = jnp.where(pre > theta, jax.nn.relu(pre), 0)
+  assert float(jnp.min(theta)) < 0 < float(jnp.max(theta))
+  np.testing.assert_array_equal(f > 0, jumped > 0)
+  np.testing.assert_allclose(f, jumped, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gate_is_closed_at_exactly_zero():
+  params = {
+    'W_gate': jnp.eye(2),
+    'b_gate': jnp.zeros(2),
+    'r_mag': jnp.zeros(2),
+    'b_mag': jnp.ones(2),
+    'W_dec': jnp.eye(2),
+    'b_dec': jnp.zeros(2),
+  }
+  x = jnp.array([[0.0, 1e-6]])
+  f = GatedSAE(2, 2).apply({'params': params}, x, method='encode')
+  np.testing.assert_allclose(f, [[0.0, 1.0]], atol=1e-5)
+
+
+def test_initial_parameters():
+  module = GatedSAE(16, 64, encoder_scale=0.2)
+  p = module.init(jax.random.key(0), jnp.zeros((1, 16)))['params']
+  np.testing.assert_allclose(np.linalg.norm(p['W_dec'], axis=1), 1, rtol=1e-6)
+  np.testing.assert_allclose(p['W_gate'], 0.2 * p['W_dec'].T, rtol=1e-6)
+  for name in ('b_gate', 'r_mag', 'b_mag', 'b_dec'):
+    assert not np.any(p[name])

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs the quick part of the suite on the other two stacks that are supported:
+# the newest JAX, and what Colab has preinstalled. A stack whose Python is not
+# on this machine is left out, and that is said.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stack() { # name, python, constraints...
+  local name=$1 python=$2
+  shift 2
+  if ! "$python" -c '' 2>/dev/null; then
+    echo "stack $name: no $python here, left out"
+    return
+  fi
+  local venv=.venv-$name
+  "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install -q --upgrade pip
+  "$venv/bin/python" -m pip install -q -e '.[test]' "$@"
+  echo "stack $name: $("$venv/bin/python" -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)')"
+  "$venv/bin/python" -m pytest -q -m 'not slow' \
+    tests/lm tests/sae tests/training tests/evaluation tests/test_restore.py
+}
+
+stack newest "${PYTHON_NEWEST:-python3.12}"
+stack colab "${PYTHON_COLAB:-python3.13}" \
+  jax==0.7.2 jaxlib==0.7.2 flax==0.11.2 orbax-checkpoint==0.12.4 \
+  tensorstore==0.1.85 numpy==2.1.3 safetensors==0.8.0 transformers==5.15.0

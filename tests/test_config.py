@@ -1,0 +1,116 @@
+"""The config's door."""
+
+import importlib.util
+
+import ml_collections
+import pytest
+
+from gsae_jax import config as config_lib
+from gsae_jax.errors import UserError
+from tests.conftest import ROOT
+
+EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def quickstart() -> ml_collections.ConfigDict:
+  return load(ROOT / 'experiments' / 'quickstart.py').get_config()
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_parses_and_says_what_it_gave(path):
+  module = load(path)
+  config = config_lib.parse(module.get_config())
+  assert len({s.name for s in config.saes}) == len(config.saes)
+  for word in ('gsae_jax.train', 'Takes', 'L0'):
+    assert word in module.__doc__, word
+
+
+def refuse(change, match):
+  config = quickstart()
+  with config.unlocked():
+    change(config)
+  with pytest.raises(UserError, match=match) as e:
+    config_lib.parse(config)
+  assert '\n' not in str(e.value)
+
+
+def put(path, value):
+  def change(config):
+    *groups, leaf = path.split('.')
+    for group in groups:
+      config = config[group]
+    del config[leaf]
+    config[leaf] = value
+
+  return change
+
+
+def sae(**changes):
+  def change(config):
+    first, *rest = (dict(s) for s in config.saes)
+    config.saes = (first | changes, *rest)
+
+  return change
+
+
+@pytest.mark.parametrize(
+  'change, match',
+  [
+    (put('train.stepz', 1) if False else (lambda c: c.train.update(stepz=1)),
+     r"train.stepz is unknown; did you mean 'steps'"),
+    (lambda c: c.update(optimizer=1), 'field optimizer is unknown'),
+    (lambda c: c.text.__delitem__('held_out'), 'text.held_out is missing'),
+    (put('train.steps', '100'), "train.steps must be int, not '100'"),
+    (put('train.steps', 10.5), 'train.steps must be int, not 10.5'),
+    (put('train.steps', True), 'train.steps must be int, not True'),
+    (put('train.steps', 0), 'train.steps: 0 is too small; the least is 1'),
+    (put('train.resample_steps', 5), 'resample_steps must be a tuple, not 5'),
+    (put('train.resample_steps', ('5',)), r"resample_steps\[0\] must be int"),
+    (put('train.normalize', 'l2'), "'l2' is not one of 'mean_squared_norm', None"),
+    (put('train.loss_scale', 'max'), "'max' is not one of 'sum', 'mean'"),
+    (put('train.writers', ('csv',)), "'csv' is not one of 'tensorboard', 'wandb'"),
+    (put('text.held_out', 1.5), 'text.held_out: 1.5 is not between 0 and 1'),
+    (put('text.packing', 'x'), "text.packing: 'x' is not one of"),
+    (put('text.special_tokens', 'x'), "text.special_tokens: 'x' is not one of"),
+    (put('lm.dtype', 'int8'), "lm.dtype: 'int8' is not one of"),
+    (put('lm', 'gpt2'), "lm must be a group of fields, not 'gpt2'"),
+    (put('store.dtype', 'float16'), "'float16' is not one of"),
+    (put('store.shard_rows', 1000), '1000 is not a multiple of store.chunk_rows'),
+    (put('eval.parallel', 'xmap'), "'xmap' is not one of 'pmap', 'mesh'"),
+    (put('sites', ()), 'field sites is empty'),
+    (put('saes', ()), 'field saes is empty'),
+    (lambda c: c.update(saes=c.saes + c.saes[:1]), 'names .* twice'),
+    (sae(site='mlp_out.7'), "of site 'mlp_out.7', and sites has only"),
+    (sae(architecture='topk'), "'topk' is not one of 'gated', 'relu'"),
+    (sae(feature=3), r'saes\[0\].feature is unknown'),
+    (sae(name='a/b'), "'a/b' must be a word without slashes"),
+    (sae(l1=-1.0), 'l1: -1.0 is too small'),
+    (lambda c: c.train.update(resample_steps=(5,), resample_rows=1),
+     'train.resample_rows: 1 is less than a batch'),
+  ],
+)  # fmt: skip
+def test_mistakes_have_a_line(change, match):
+  refuse(change, match)
+
+
+def test_integers_serve_where_floats_are_asked_for():
+  config = quickstart()
+  config.train.learning_rate = 1
+  assert config_lib.parse(config).train.learning_rate == 1.0
+
+
+def test_identity_leaves_out_what_may_change_between_starts():
+  a, b = quickstart(), quickstart()
+  b.eval.tokens, b.mesh.model, b.train.log_every = 10, 2, 7
+  b.train.checkpoint_every = 3
+  same = config_lib.parse(a).identity()
+  assert config_lib.parse(b).identity() == same
+  b.train.learning_rate = 1.0
+  assert config_lib.parse(b).identity() != same

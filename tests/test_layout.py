@@ -1,0 +1,91 @@
+"""Imports point down the flow only, and packaging says things once."""
+
+import ast
+import configparser
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / 'gsae_jax'
+PROGRAMS = {'harvest', 'train', 'evaluate', 'report'}
+
+# What each part may import of the package, beside itself and `errors`.
+ALLOWED = {
+  'errors': set(),
+  'program': set(),
+  'mesh': set(),
+  'lm': set(),
+  'activations': {'lm'},
+  'sae': set(),
+  'config': {'sae'},
+  'training': {'activations', 'sae', 'config', 'mesh'},
+  'evaluation': {'lm', 'sae', 'mesh'},
+  'restore': {'sae', 'training'},
+  '__init__': {'restore'},
+}
+
+
+def imports(path):
+  """Names below gsae_jax that a file imports, and top-level ones elsewhere."""
+  inside, outside = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names = [(a.name, '') for a in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      names = [(node.module, a.name) for a in node.names]
+    else:
+      continue
+    for module, name in names:
+      parts = module.split('.')
+      if parts[0] == 'gsae_jax':
+        inside.add(parts[1] if len(parts) > 1 else name)
+      else:
+        outside.add(parts[0])
+  return inside, outside
+
+
+@pytest.mark.parametrize(
+  'path',
+  sorted(PACKAGE.rglob('*.py')),
+  ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_imports_point_down_the_flow(path):
+  part = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+  inside, outside = imports(path)
+  inside -= {part, 'errors'}
+  assert not inside & PROGRAMS
+  if part not in PROGRAMS:
+    assert inside <= ALLOWED[part]
+  assert not outside & {'torch', 'tensorflow', 'pickle', 'sae_lens'}
+
+
+def test_every_file_says_what_it_is_and_fits_one_sitting():
+  for path in PACKAGE.rglob('*.py'):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), path
+    assert len(path.read_text().splitlines()) <= 420, path
+
+
+@pytest.mark.parametrize(
+  'module', ['gsae_jax', 'gsae_jax.report', 'gsae_jax.activations.store']
+)
+def test_reports_and_stores_are_read_without_jax(module):
+  code = (
+    f'import sys, {module}; bad = {{"jax", "flax"}} & set(sys.modules); '
+    'sys.exit(repr(bad) if bad else 0)'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+
+
+def test_metadata_is_in_one_file_only():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / 'setup.cfg')
+  assert not {'metadata', 'options'} & set(setup.sections())
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  extras = {'tpu', 'cuda12', 'cuda13', 'gcs', 'wandb', 'test'}
+  assert extras <= set(project['optional-dependencies'])
+  assert not any('<' in d for d in project['dependencies'])

@@ -1,0 +1,303 @@
+"""The commands as users run them: in processes of their own, killed and all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax.activations.store import open_store
+from tests.conftest import ROOT
+
+SMOKE = 'experiments/smoke.py'
+
+
+def start(program, *flags, config=SMOKE, devices=1, **env):
+  command = [sys.executable, '-m', f'gsae_jax.{program}']
+  if config and program != 'report':
+    command.append(f'--config={config}')
+  command += flags
+  env = os.environ | env | {'JAX_PLATFORMS': 'cpu', 'NPROC': '16'}
+  if devices > 1:
+    env['JAX_NUM_CPU_DEVICES'] = str(devices)
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=env,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+
+
+def run(program, *flags, code=0, **kwargs):
+  """Runs a command to its end; returns what it printed."""
+  process = start(program, *flags, **kwargs)
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == code, err
+  return out if code == 0 else err
+
+
+def refuse(program, *flags, match, **kwargs):
+  """The command exits with 1, and one line with `match`, not a traceback."""
+  err = run(program, *flags, code=1, **kwargs)
+  assert 'Traceback' not in err, err
+  lines = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1 and match in lines[0], err
+
+
+def wait_for(condition, process):
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01)
+
+
+def files(folder):
+  """Contents by name, without the leftovers of killed writers."""
+  return {
+    str(p.relative_to(folder)): p.read_bytes()
+    for p in sorted(folder.rglob('*'))
+    if p.is_file() and not p.name.endswith('.__lock')
+  }
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+  """The four commands, run once; a store and a workdir."""
+  folder = tmp_path_factory.mktemp('smoke')
+  store, workdir = folder / 'store', folder / 'run'
+  run('harvest', f'--store={store}')
+  run('train', f'--store={store}', f'--workdir={workdir}')
+  table = run('evaluate', f'--workdir={workdir}')
+  printed = run('report', f'--workdir={workdir}')
+  return store, workdir, table, printed
+
+
+def test_the_four_commands_leave_what_the_contract_says(smoke):
+  store, workdir, table, printed = smoke
+  opened = open_store(str(store))
+  assert opened.rows == 4096
+  assert set(opened.sites) == {'mlp_out.0', 'mlp_hidden.0'}
+  x = opened.array('mlp_hidden.0/activations')[:].read().result()
+  np.testing.assert_allclose(
+    (x.astype(np.float64) ** 2).sum(1).mean(),
+    opened.sites['mlp_hidden.0'].mean_squared_norm,
+  )
+  steps = sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert steps == [0, 20, 40]
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  metrics = [json.loads(line) for line in lines]
+  assert {m['step'] for m in metrics} == set(range(5, 41, 5))
+  for step in steps:
+    records = json.loads((workdir / f'eval/step_{step}.json').read_text())
+    assert [r['member'] for r in records] == [
+      'gated_mlp_out.0', 'relu_mlp_out.0', 'gated_mlp_hidden.0', 'relu_mlp_hidden.0'
+    ]  # fmt: skip
+    assert all(r['num_tokens'] == 1000 and r['step'] == step for r in records)
+  assert records[0]['tokens_trained'] == 40 * 128
+  assert records[0]['seed'] == 0 and records[0]['l1_coefficient'] == 0.1
+  assert 'gated_mlp_hidden.0' in table
+  assert printed.strip() == str(workdir / 'report.html')
+  assert '<svg' in (workdir / 'report.html').read_text()
+  sae = gsae_jax.load(str(workdir), member='relu_mlp_hidden.0')
+  assert sae(x[:10]).shape == (10, 512)
+
+
+def test_four_devices_give_the_numbers_of_one(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  mesh = ('--config.mesh.data=2', '--config.mesh.model=2')
+  run('train', f'--store={store}', f'--workdir={tmp_path}', *mesh, devices=4)
+  run('evaluate', f'--workdir={tmp_path}', devices=4)
+  read = lambda w: json.loads((w / 'eval/step_40.json').read_text())
+  for got, want in zip(read(tmp_path), read(workdir), strict=True):
+    for name, value in want.items():
+      if isinstance(value, float):
+        np.testing.assert_allclose(got[name], value, rtol=2e-3, err_msg=name)
+      else:
+        assert got[name] == value
+
+
+@pytest.mark.slow
+def test_harvest_killed_and_started_again_is_as_if_never_killed(
+  smoke, tmp_path
+):
+  store, *_ = smoke
+  flags = (f'--store={tmp_path}',)
+  shards = tmp_path / 'mlp_out.0' / 'activations' / 'c'
+  count = lambda: len(list(shards.glob('*/0'))) if shards.exists() else 0
+  kills = 0
+  for enough in (1, 3, 6):
+    process = start('harvest', *flags)
+    while process.poll() is None and count() < enough:
+      time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kills += process.returncode == -signal.SIGKILL
+  assert kills >= 2
+  run('harvest', *flags)
+  assert files(tmp_path) == files(store)
+
+
+@pytest.mark.slow
+def test_training_killed_and_started_again_is_as_if_never_killed(
+  smoke, tmp_path
+):
+  store, workdir, *_ = smoke
+  flags = (f'--store={store}', f'--workdir={tmp_path}')
+  metrics = tmp_path / 'metrics.jsonl'
+  lines = lambda: metrics.read_text().count('\n') if metrics.exists() else 0
+  for enough in (4, 20):
+    process = start('train', *flags)
+    wait_for(lambda n=enough: lines() >= n, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  run('train', *flags)
+  assert metrics.read_text() == (workdir / 'metrics.jsonl').read_text()
+  for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
+    ours = gsae_jax.load(str(tmp_path), member=name)
+    theirs = gsae_jax.load(str(workdir), member=name)
+    for k, v in theirs.params.items():
+      np.testing.assert_array_equal(ours.params[k], v)
+
+
+def test_a_preempted_run_exits_42_and_goes_on(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  flags = (f'--store={store}', f'--workdir={tmp_path}')
+  metrics = tmp_path / 'metrics.jsonl'
+  process = start('train', *flags)
+  wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 42, err
+  saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  assert 0 < saved < 40
+  run('train', *flags)
+  assert metrics.read_text() == (workdir / 'metrics.jsonl').read_text()
+
+
+def test_a_preempted_harvest_exits_42_and_goes_on(smoke, tmp_path):
+  store, *_ = smoke
+  flags = (f'--store={tmp_path}',)
+  process = start('harvest', *flags)
+  wait_for(lambda: (tmp_path / 'manifest.json').exists(), process)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=120)
+  assert process.returncode == 42
+  run('harvest', *flags)
+  assert files(tmp_path) == files(store)
+
+
+def test_watch_follows_a_run_to_its_last_checkpoint(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  (tmp_path / 'checkpoints').mkdir()
+  watcher = start(
+    'evaluate', f'--workdir={tmp_path}', '--watch', '--poll_seconds=0.2'
+  )
+  run('train', f'--store={store}', f'--workdir={tmp_path}')
+  out, err = watcher.communicate(timeout=300)
+  assert watcher.returncode == 0, err
+  for step in (0, 20, 40):
+    name = f'eval/step_{step}.json'
+    assert (tmp_path / name).read_text() == (workdir / name).read_text()
+
+
+# Bad input: one line that names what is at fault, exit code 1.
+
+
+@pytest.mark.parametrize(
+  'flag, match',
+  [
+    ('--config.train.stepz=5', 'stepz'),
+    ('--config.train.steps=many', 'train.steps'),
+    ('--config=experiments/nothing.py', 'nothing.py'),
+    ('--config.lm.path=/no/such/folder', 'lm.path: there is no folder'),
+    ("--config.sites=('mlp_out.9',)", 'mlp_out.9'),
+    ('--config.text.context_length=4096', 'text.context_length: 4096 is more'),
+    ('--config.store.tokens=900000000', 'usable tokens'),
+    ('--store=/proc/nothing/store', '--store: cannot write /proc/nothing'),
+  ],
+)
+def test_harvest_refuses(flag, match, tmp_path):
+  config = None if flag.startswith('--config=') else SMOKE
+  store = [] if flag.startswith('--store') else [f'--store={tmp_path}/store']
+  refuse('harvest', *store, flag, match=match, config=config)
+  assert not list(tmp_path.rglob('activations'))
+
+
+def test_required_flags_are_asked_for(tmp_path):
+  refuse('train', f'--workdir={tmp_path}', match='store')
+  refuse('report', '--workdir=/no/where', match='no evaluations in /no/where')
+  refuse('report', '--workdirr=/tmp', match='workdirr')
+  refuse('evaluate', f'--workdir={tmp_path}', match='no checkpoints at')
+
+
+def test_training_refuses_stores_and_workdirs_that_do_not_fit(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  flags = (f'--store={store}', f'--workdir={tmp_path / "run"}')
+  before = files(store), files(workdir)
+  refuse(
+    'train', f'--store={tmp_path}', flags[1], match='no activation store at'
+  )
+  refuse('train', *flags, '--config.lm.path=other/model', match='lm.path=')
+  refuse('train', *flags, '--config.store.dtype=bfloat16', match='store.dtype=')
+  refuse(
+    'train',
+    *flags,
+    '--config.text.context_length=64',
+    match='context_length=32',
+  )
+  refuse('train', *flags, '--config.train.batch_size=8192', match='larger than')
+  refuse('train', *flags, '--config.mesh.model=3', match='does not cover')
+  refuse(
+    'train',
+    *flags,
+    '--config.mesh.model=-1',
+    '--config.mesh.data=1',
+    devices=5,
+    match='64 features, not divisible by mesh.model, 5',
+  )
+  refuse(
+    'train',
+    f'--store={store}',
+    f'--workdir={workdir}',
+    '--config.train.learning_rate=0.5',
+    match='another config (train.learning_rate is 0.003 there and 0.5 here)',
+  )
+  refuse('train', flags[0], '--workdir=/proc/no/run', match='--workdir: cannot')
+  refuse(
+    'train', flags[0], '--workdir=s3://b/run', match='cannot be written to s3'
+  )
+  assert not (tmp_path / 'run').exists()
+  assert (files(store), files(workdir)) == before
+
+
+def test_training_refuses_another_store_for_the_same_run(smoke, tmp_path):
+  _, workdir, *_ = smoke
+  run('harvest', f'--store={tmp_path}', '--config.seed=1')
+  refuse(
+    'train',
+    f'--store={tmp_path}',
+    f'--workdir={workdir}',
+    match='another store',
+  )
+
+
+def test_evaluation_refuses_another_language_model(smoke, tmp_path, stories):
+  _, workdir, *_ = smoke
+  (workdir / 'eval' / 'step_20.json').rename(tmp_path / 'kept.json')
+  try:
+    refuse(
+      'evaluate',
+      f'--workdir={workdir}',
+      f'--config.lm.path={stories[0]}',
+      match='trained on other activations (lm.config is',
+    )
+    assert not (workdir / 'eval' / 'step_20.json').exists()
+  finally:
+    (tmp_path / 'kept.json').rename(workdir / 'eval' / 'step_20.json')

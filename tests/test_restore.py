@@ -1,0 +1,115 @@
+"""gsae_jax.load from a workdir, a checkpoint, an exported folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax.mesh import make_mesh
+from tests.training.conftest import member, settings, write_store
+from tests.training.test_checkpoints import train
+
+MEMBERS = (member('g'), member('r', architecture='relu', features=96))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A workdir trained over four devices, and its activations."""
+  folder = tmp_path_factory.mktemp('run')
+  store = write_store(folder / 'store')
+  workdir = folder / 'workdir'
+  train(store, workdir, MEMBERS, settings(steps=60), mesh=make_mesh(1, 4))
+  x = store.array('resid_post.0/activations')[:200].read().result()
+  return workdir, x, store
+
+
+def test_encode_and_decode_are_the_papers_equations(run):
+  workdir, x, _ = run
+  sae = gsae_jax.load(str(workdir), member='g')
+  p = {k: np.asarray(v, np.float64) for k, v in sae.params.items()}
+  z = (x - p['b_dec']) @ p['W_gate']
+  f = (z + p['b_gate'] > 0) * np.maximum(np.exp(p['r_mag']) * z + p['b_mag'], 0)
+  np.testing.assert_allclose(sae.encode(x), f, atol=1e-4)
+  np.testing.assert_allclose(
+    sae.decode(f), f @ p['W_dec'] + p['b_dec'], atol=1e-4
+  )
+  np.testing.assert_allclose(sae(x), sae.decode(sae.encode(x)))
+  error = ((sae(x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+  assert error < 0.4  # Raw activations: the scale is in the weights.
+  assert len(sae.params['W_dec'].devices()) == 1
+
+
+def test_leading_axes_are_free_and_the_last_is_checked(run):
+  workdir, x, _ = run
+  sae = gsae_jax.load(str(workdir), member='r')
+  f = sae.encode(x[:24].reshape(2, 3, 4, 16))
+  assert f.shape == (2, 3, 4, 96)
+  np.testing.assert_allclose(f.reshape(24, 96), sae.encode(x[:24]), atol=1e-5)
+  assert sae.encode(x[0]).shape == (96,)
+  with pytest.raises(ValueError, match='has 15 entries, .* width=16'):
+    sae.encode(x[:, :15])
+  with pytest.raises(ValueError, match='has 16 entries, .* features=96'):
+    sae.decode(x)
+
+
+def test_what_it_says_of_itself(run):
+  workdir, _, store = run
+  sae = gsae_jax.load(str(workdir), member='g')
+  assert sae.config['architecture'] == 'gated' and sae.config['l1'] == 0.1
+  assert sae.config['site'] == 'resid_post.0' and sae.config['features'] == 64
+  scale = store.sites['resid_post.0'].mean_squared_norm ** -0.5
+  np.testing.assert_allclose(sae.config['scale'], scale, rtol=1e-6)
+  assert sae.metadata['step'] == 60
+  assert sae.metadata['store'] == store.content_hash
+  json.dumps([sae.config, sae.metadata])
+  assert repr(sae).startswith("SAE('g', architecture='gated'")
+  assert set(sae.params) == {
+    'W_gate', 'b_gate', 'r_mag', 'b_mag', 'W_dec', 'b_dec'
+  }  # fmt: skip
+
+
+def test_steps_and_paths(run):
+  workdir, x, _ = run
+  last = gsae_jax.load(str(workdir), member='g')
+  for path, step in (
+    (workdir, 60),
+    (workdir / 'checkpoints', None),
+    (workdir / 'checkpoints' / '60', None),
+  ):
+    sae = gsae_jax.load(str(path), step=step, member='g')
+    np.testing.assert_array_equal(sae(x), last(x))
+  first = gsae_jax.load(str(workdir / 'checkpoints' / '0'), member='g')
+  assert first.metadata['step'] == 0
+  assert np.abs(first(x) - last(x)).max() > 0.1
+
+
+def test_exported_folder_is_the_same_sae(run, tmp_path):
+  workdir, x, _ = run
+  sae = gsae_jax.load(str(workdir), member='r')
+  sae.save(str(tmp_path / 'out'))
+  again = gsae_jax.load(str(tmp_path / 'out'))
+  np.testing.assert_array_equal(again(x), sae(x))
+  assert again.config == sae.config and again.metadata == sae.metadata
+  about = json.loads((tmp_path / 'out' / 'sae.json').read_text())
+  (tmp_path / 'out' / 'sae.json').write_text(json.dumps(about | {'schema': 7}))
+  with pytest.raises(
+    ValueError, match='has schema 7, and this version reads 1'
+  ):
+    gsae_jax.load(str(tmp_path / 'out'))
+
+
+def test_choices_that_are_not_clear(run, tmp_path):
+  workdir, _, _ = run
+  with pytest.raises(
+    ValueError, match='member=None: the run .* has g, r; choose'
+  ):
+    gsae_jax.load(str(workdir))
+  with pytest.raises(ValueError, match="member='x': .* has g, r"):
+    gsae_jax.load(str(workdir), member='x')
+  with pytest.raises(
+    ValueError, match='no checkpoint of step 7 .* it has 0, 10,'
+  ):
+    gsae_jax.load(str(workdir), step=7, member='g')
+  with pytest.raises(ValueError, match='no checkpoints at'):
+    gsae_jax.load(str(tmp_path))

@@ -1,0 +1,186 @@
+"""Checkpoints: exact resume, on other meshes too; and the door."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gsae_jax.errors import UserError
+from gsae_jax.mesh import make_mesh
+from gsae_jax.training import loop
+from gsae_jax.training.checkpoints import Checkpoints
+from tests.training.conftest import member, settings
+
+
+def train(
+  store, workdir, members, train, *, stop_at=None, mesh=None, meta=None
+):
+  """Runs the real loop; returns the lines of metrics.jsonl."""
+  asked = iter(range(10**9))
+  start = [None]
+
+  def preempted():
+    # The loop asks before each step; count from where it started.
+    if start[0] is None:
+      start[0] = next(asked)
+      steps = Checkpoints(str(workdir), kept=None).steps()
+      start[0] = steps[-1] if steps else 0
+    else:
+      start[0] += 1
+    return stop_at is not None and start[0] >= stop_at
+
+  metadata = {
+    'schema': 1,
+    'config': {'seed': 0, 'train': {'batch_size': train.batch_size}},
+    'identity': {'seed': 0},
+    'store': store.content_hash,
+    'store_identity': store.identity,
+  }
+  finished = loop.train(
+    store,
+    members,
+    train,
+    mesh=mesh or make_mesh(1, -1),
+    seed=0,
+    workdir=str(workdir),
+    metadata=metadata | (meta or {}),
+    preempted=preempted,
+  )
+  assert finished == (stop_at is None)
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def params_at(workdir, step, store, members, mesh):
+  """Everything a checkpoint holds, as host arrays by path."""
+  built = loop.build_members(members, settings(), store, mesh, 0)
+  with Checkpoints(str(workdir), kept=None, read_only=True) as saved:
+    key = jax.random.key_data(jax.random.key(0))
+    loop._restore(saved, step, built, mesh, key)
+  return {
+    m.config.name: jax.tree.map(np.asarray, jax.device_get(m.state))
+    for m in built
+  }
+
+
+MEMBERS = (
+  member('g', l1=0.1),
+  member('r', architecture='relu', features=96, site='mlp_out.0'),
+)
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(store, tmp_path):
+  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
+  cut = train(store, tmp_path / 'cut', MEMBERS, settings(), stop_at=17)
+  assert cut[-1]['step'] == 17
+  resumed = train(store, tmp_path / 'cut', MEMBERS, settings())
+  assert resumed == whole
+  mesh = make_mesh(1, -1)
+  a = params_at(tmp_path / 'whole', 30, store, MEMBERS, mesh)
+  b = params_at(tmp_path / 'cut', 30, store, MEMBERS, mesh)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert a['g'].step == 30
+
+
+def test_a_crash_loses_only_what_came_after_the_checkpoint(store, tmp_path):
+  # As kill -9 would: metrics past the last checkpoint, and half a line.
+  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
+  train(store, tmp_path / 'cut', MEMBERS, settings(), stop_at=10)
+  path = tmp_path / 'cut' / 'metrics.jsonl'
+  line = json.dumps({'step': 13, 'tokens': 0, 'member': 'g', 'loss': 1.0})
+  path.write_text(path.read_text() + line + '\n' + line[:20])
+  assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole
+
+
+def test_resumes_on_another_mesh(store, tmp_path):
+  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
+  meshes = ((4, 1), (1, 4))
+  train(
+    store,
+    tmp_path / 'cut',
+    MEMBERS,
+    settings(),
+    stop_at=17,
+    mesh=make_mesh(*meshes[0]),
+  )
+  resumed = train(
+    store, tmp_path / 'cut', MEMBERS, settings(), mesh=make_mesh(*meshes[1])
+  )
+  for got, want in zip(resumed, whole, strict=True):
+    assert got['step'] == want['step']
+    np.testing.assert_allclose(got['loss'], want['loss'], rtol=1e-5)
+
+
+def test_saved_parameters_are_those_of_that_step(store, tmp_path):
+  # An asynchronous save must not see what the next, donating step wrote.
+  train(store, tmp_path / 'all', MEMBERS, settings(checkpoint_every=5))
+  train(store, tmp_path / 'one', MEMBERS, settings(), stop_at=5)
+  mesh = make_mesh(1, -1)
+  a = params_at(tmp_path / 'all', 5, store, MEMBERS, mesh)
+  b = params_at(tmp_path / 'one', 5, store, MEMBERS, mesh)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_names_schema_and_steps_on_disk(store, tmp_path):
+  train(store, tmp_path, MEMBERS, settings(checkpoints_kept=2))
+  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+    assert saved.steps() == [20, 30]
+    metadata = saved.metadata(30)
+  assert [m['name'] for m in metadata['members']] == ['g', 'r']
+  assert metadata['store'] == store.content_hash
+  names = (tmp_path / 'checkpoints/30/state/_METADATA').read_text()
+  for name in ('params', 'W_dec', 'nu', 'steps_since_fired', 'rng', 'step'):
+    assert f"'{name}'" in names or f'"{name}"' in names
+
+
+def test_saved_weights_take_raw_activations(store, tmp_path):
+  train(store, tmp_path, MEMBERS, settings(steps=60))
+  shapes = {'W_enc': [16, 96], 'b_enc': [96], 'W_dec': [96, 16], 'b_dec': [16]}
+  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+    p = saved.restore_params(60, {'r': shapes})['r']
+  x = store.array('mlp_out.0/activations')[:].read().result()
+  f = np.maximum((x - p['b_dec']) @ p['W_enc'] + p['b_enc'], 0)
+  error = ((f @ p['W_dec'] + p['b_dec'] - x) ** 2).sum(1).mean()
+  variance = ((x - x.mean(0)) ** 2).sum(1).mean()
+  assert error < 0.3 * variance
+  np.testing.assert_allclose(np.linalg.norm(p['W_dec'], axis=1), 1, rtol=1e-5)
+
+
+def test_another_config_or_store_is_refused(store, tmp_path):
+  train(store, tmp_path, MEMBERS, settings(), stop_at=10)
+  before = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
+  with pytest.raises(UserError, match='another config .*seed is'):
+    train(store, tmp_path, MEMBERS, settings(), meta={'identity': {'seed': 1}})
+  with pytest.raises(UserError, match='another store'):
+    train(store, tmp_path, MEMBERS, settings(), meta={'store': '0' * 64})
+  assert before == sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
+
+
+def test_unknown_schema_is_refused(store, tmp_path):
+  train(store, tmp_path, MEMBERS, settings(), meta={'schema': 2})
+  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+    with pytest.raises(UserError, match='has schema 2, and this version reads'):
+      saved.metadata(30)
+
+
+def test_object_storage_that_orbax_cannot_write_is_refused():
+  with pytest.raises(UserError, match='cannot be written to s3://'):
+    Checkpoints('s3://bucket/run', kept=None)
+
+
+def test_sizes_that_the_mesh_does_not_divide(store):
+  with pytest.raises(UserError, match='66 features, not divisible by mesh.mod'):
+    loop.build_members(
+      (member(features=66),), settings(), store, make_mesh(1, 4), 0
+    )
+  with pytest.raises(UserError, match='130 is not divisible by mesh.data, 4'):
+    loop.build_members(
+      (member(),), settings(batch_size=130), store, make_mesh(4, 1), 0
+    )
+  with pytest.raises(UserError, match="trains on 'mlp_out.9'"):
+    loop.build_members(
+      (member(site='mlp_out.9'),), settings(), store, make_mesh(4, 1), 0
+    )
+  with pytest.raises(UserError, match='data=3 x model=1 does not cover 4'):
+    make_mesh(3, 1)

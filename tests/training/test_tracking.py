@@ -1,0 +1,74 @@
+"""metrics.jsonl, TensorBoard and wandb."""
+
+import json
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from gsae_jax.errors import UserError
+from gsae_jax.training.tracking import Tracker
+
+
+def events(folder):
+  """Scalars of a TensorBoard file, by the TFRecord format's own layout."""
+  from tensorboardX.proto import event_pb2
+
+  (path,) = folder.glob('events*')
+  raw, at, found = path.read_bytes(), 0, {}
+  while at < len(raw):
+    (length,) = struct.unpack_from('<Q', raw, at)
+    event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + length])
+    at += 16 + length
+    for value in event.summary.value:
+      found[value.tag, event.step] = value.simple_value
+  return found
+
+
+def test_scalars_reach_the_file_and_tensorboard(tmp_path):
+  with Tracker(
+    str(tmp_path), resumed_at=0, writers=('tensorboard',), config={}
+  ) as tracker:
+    assert tracker.write(1, 128, {'a': {'loss': np.float32(0.5)}}) == {}
+    # One call late, so that no step is waited for.
+    assert (tmp_path / 'metrics.jsonl').read_text() == ''
+    values = tracker.write(2, 256, {'a': {'loss': np.float32(0.25)}})
+    assert values == {'a': {'loss': 0.5}}
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    {'step': 1, 'tokens': 128, 'member': 'a', 'loss': 0.5},
+    {'step': 2, 'tokens': 256, 'member': 'a', 'loss': 0.25},
+  ]
+  assert events(tmp_path / 'tensorboard') == {
+    ('a/loss', 1): 0.5,
+    ('a/loss', 2): 0.25,
+  }
+
+
+def test_a_diverged_member_is_named(tmp_path):
+  with pytest.raises(
+    UserError, match="'b' diverged: its loss is nan at step 7"
+  ):
+    with Tracker(str(tmp_path), resumed_at=0, writers=(), config={}) as tracker:
+      tracker.write(7, 0, {'a': {'loss': 1.0}, 'b': {'loss': float('nan')}})
+
+
+def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
+  calls = []
+  run = types.SimpleNamespace(
+    log=lambda scalars, step: calls.append((step, scalars)),
+    finish=lambda: calls.append('finish'),
+  )
+  fake = types.ModuleType('wandb')
+  fake.init = lambda **k: calls.append((k['id'], k['config'])) or run
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  with Tracker(
+    str(tmp_path / 'run7'), resumed_at=0, writers=('wandb',), config={'seed': 1}
+  ) as tracker:
+    tracker.write(3, 0, {'a': {'loss': 0.5}})
+  assert calls == [('run7', {'seed': 1}), (3, {'a/loss': 0.5}), 'finish']
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match="'wandb' is not installed; pip install"):
+    Tracker(str(tmp_path / 'x'), resumed_at=0, writers=('wandb',), config={})
