@@ -29,9 +29,13 @@ def get_config() -> ml_collections.ConfigDict:
       'site': site,
       'features': features,
       'l1': l1,
+      'learning_rate': rate,
     }
     for site in c.sites
-    for architecture, features in (('gated', 256), ('relu', 384))
+    for architecture, features, rate in (
+      ('gated', 256, 3e-3),
+      ('relu', 384, 6e-3),
+    )
     for l1 in (0.03, 0.06, 0.12, 0.24)
   )
   c.eval.batch_size = 16

@@ -59,13 +59,18 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _guarded(main: Callable[[], int | None], argv: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
+  # Orbax tells of every save and restore; what goes wrong is raised.
+  logging.set_verbosity(logging.ERROR)
   try:
     if argv[1:]:
       raise UserError(f'unexpected argument {argv[1]!r}; flags start with --')
     sys.exit(main() or 0)
   except UserError as e:
     _fail(e)
+  except OSError as e:
+    if e.filename is None:
+      raise
+    _fail(f'{e.filename}: {e.strerror}; check the path and its permissions')
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -46,7 +46,7 @@ def read_evaluations(workdir: epath.Path) -> dict[int, list[dict]]:
 def main() -> int:
   workdir = epath.Path(_WORKDIR.value).expanduser()
   text = page.render(
-    workdir.absolute().name,
+    '/'.join(workdir.absolute().parts[-2:]),
     read_evaluations(workdir),
     read_metrics(workdir / 'metrics.jsonl'),
   )

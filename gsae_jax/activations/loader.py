@@ -65,9 +65,16 @@ class Loader:
 
   def rows_at(self, step: int, site: str) -> np.ndarray:
     """All rows `[B, D]` of batch `step` at one site, on the host."""
-    return np.concatenate(
-      [future.result() for future in self._read(step, site, slice(None))]
-    )
+    return self._gather(self._read(step, site, slice(None)))
+
+  def _gather(self, futures: list[ts.Future]) -> np.ndarray:
+    try:
+      return np.concatenate([future.result() for future in futures])
+    except ValueError as e:  # TensorStore's word for lost and for damaged data.
+      raise UserError(
+        f'--store: {str(e).split(" [")[0]}; delete that file and run '
+        'gsae_jax.harvest again'
+      ) from e
 
   def _read(self, step: int, site: str, which) -> list[ts.Future]:
     array = self._arrays[site]
@@ -100,7 +107,7 @@ class Loader:
       step += 1
       batch = {}
       for site, blocks in futures.items():
-        x_BD = np.concatenate([block.result() for block in blocks])
+        x_BD = self._gather(blocks)
         batch[site] = jax.make_array_from_process_local_data(
           sharding, x_BD, (self.batch_size, x_BD.shape[1])
         )

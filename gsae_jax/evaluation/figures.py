@@ -44,8 +44,10 @@ class Axis:
     low, high = min(values), max(values)
     if log:
       low, high = math.log10(low), math.log10(high)
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    pad = 0.06 * (high - low) or 0.05 * abs(high)
     self._low, self._high = low - pad, high + pad
+    if not pad:  # Zero all along: the axis goes up from it.
+      self._low, self._high = -0.06, 1.06
     self._first, self._last = first, last
 
   def __call__(self, value: float) -> float:

@@ -9,7 +9,7 @@ from gsae_jax.evaluation.pareto import Record
 LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
 
 # A ratio that moves by less between two checkpoints has stopped moving.
-SETTLED = 0.03
+SETTLED = 0.05
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #16202e; --soft: #5b6778;
@@ -291,7 +291,7 @@ def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
       for i, r in enumerate(own):
         series.append(
           figures.Series(
-            f'{_label(name)}, darker with rising L1',
+            f'{_label(name)}, stronger with rising L1',
             _style(name),
             _curve(metrics, r['member'], key),
             dots=False,

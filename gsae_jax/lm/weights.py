@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -169,8 +170,6 @@ def _read_tensors(folder: str) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _check_shapes(module: Transformer, params: dict, folder: str) -> None:
-  import jax
-
   want = jax.eval_shape(
     module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
   )['params']

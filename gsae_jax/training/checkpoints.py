@@ -6,7 +6,6 @@
 `params` are for raw activations: what `gsae_jax.load` gives is what is there.
 """
 
-import logging
 from typing import Any
 
 import jax
@@ -41,8 +40,6 @@ class Checkpoints:
         f'--workdir: {workdir}: checkpoints cannot be written to s3://; give '
         'a local folder or gs://'
       )
-    # Orbax says every save at INFO and WARNING level; errors are exceptions.
-    logging.getLogger('absl').setLevel(logging.ERROR)
     self.path = epath.Path(workdir).expanduser() / 'checkpoints'
     if '://' not in workdir:
       self.path = self.path.absolute()

@@ -89,3 +89,16 @@ def test_a_process_reads_only_the_blocks_of_its_devices(store):
   assert blocks == list(range(8, 16))
   with pytest.raises(UserError, match='cut a chunk of 16 rows'):
     loader._local_blocks(HalfOfTheRows(slice(0, 40)))
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+  store = write_store(tmp_path)
+  path = tmp_path / 'resid_post.0' / 'activations' / 'c' / '1' / '0'
+  raw = bytearray(path.read_bytes())
+  raw[40::600] = bytes(255 - b for b in raw[40::600])
+  path.write_bytes(raw)
+  loader = Loader(store, ('resid_post.0',), batch_size=4096, seed=0)
+  with pytest.raises(
+    UserError, match='--store: DATA_LOSS.*c/1/0.*harvest again'
+  ):
+    loader.rows_at(0, 'resid_post.0')
