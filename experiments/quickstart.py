@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
   # From 0.1x along a cosine, at the start and after resampling (D.1.1).
   c.train.warmup_steps = c.train.get_ref('steps') // 10
   c.train.l1_warmup_steps = c.train.get_ref('steps') // 10  # 0: none, as there.
-  c.train.decay_steps = c.train.get_ref('steps') // 5  # 0: none, as there.
+  c.train.decay_steps = c.train.get_ref('steps') // 2  # 0: none, as there.
   # Steps at which features that were silent for `dead_after` steps start anew,
   # drawn from `resample_rows` inputs. There are none to resample here.
   c.train.resample_steps = ()
@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.loss_scale = (
     'sum'  # 'mean': squared errors over D, the tables' units.
   )
-  c.train.checkpoint_every = c.train.get_ref('steps') // 6
+  c.train.checkpoint_every = c.train.get_ref('steps') // 10
   c.train.checkpoints_kept = config_dict.placeholder(int)  # None: all of them.
   c.train.log_every = 25
   c.train.writers = ('tensorboard',)  # And 'wandb'; metrics.jsonl is always.

@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.sites = ('resid_post.2', 'mlp_out.2')
   c.store.tokens = 600_000
   c.store.batch_contexts = 32
-  c.train.steps = 6_000
+  c.train.checkpoint_every = c.train.get_ref('steps') // 3
   c.saes = tuple(
     {
       'name': f'{architecture}_{site}_{l1:g}',

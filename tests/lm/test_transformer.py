@@ -113,9 +113,11 @@ def test_embedded_model_is_as_good_as_its_readme_says(embedded):
     special_tokens='drop',
     rows=40_000,
   )
-  # Another Python has another standard library; so do 40,000 of 260,000 tokens.
   got = cross_entropy(embedded, contexts)
-  assert abs(got - results['nats_per_token']) < 0.3
+  # Another Python's library has other files, and the model saw some of them
+  # in another version; here the first 40,000 of 260,000 tokens are measured.
+  least = 0.3 if documents.digest == results['text_digest'] else 1.5
+  assert -least < got - results['nats_per_token'] < 0.3
   assert got < results['bigram_nats_per_token'] - 0.4
   assert results['bigram_nats_per_token'] < results['unigram_nats_per_token']
   assert (folder / 'model.safetensors').stat().st_size < 4_000_000
