@@ -1,6 +1,25 @@
 r"""Gated against baseline SAEs on a real Llama, stories260K (Karpathy).
 
-PLACEHOLDER
+Its residual stream and MLP output after the third of five layers, width 64, on
+TinyStories. The model is a Hugging Face folder of Llama layout; the text is a
+file of stories with <|endoftext|> between them.
+
+  F="--config.lm.path=FOLDER --config.text.path=FILE"
+  python -m gsae_jax.harvest  --config=experiments/stories260k.py $F --store=DIR
+  python -m gsae_jax.train    --config=experiments/stories260k.py $F --store=DIR --workdir=DIR
+  python -m gsae_jax.evaluate --config=experiments/stories260k.py $F --workdir=DIR
+  python -m gsae_jax.report   --workdir=DIR
+
+Takes 5 min on 2 CPU cores (AMD EPYC, Python 3.11, JAX 0.10.2): harvest 22 s,
+train 2 min 30 s, evaluate 1 min 34 s. Gives, with seed 0 after 3.07 M
+activations per SAE, clean cross-entropy 1.297 on the 32,768 tokens evaluated:
+
+                                       mlp_out.2        resid_post.2
+  L0 of Gated at equal loss recovered  0.54             0.82  of the baseline's
+  gamma, Gated                         1.000            1.000
+  gamma, baseline                      0.844 to 0.950   0.882 to 0.969
+
+The ratio at mlp_out.2 still moves (0.575 at 2.05 M); see README.md.
 """
 
 import ml_collections

@@ -21,6 +21,7 @@ from gsae_jax import program
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import metrics, pareto, splice
+from gsae_jax.evaluation.records import read_evaluations
 from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.sae import ARCHITECTURES
@@ -159,7 +160,7 @@ def main() -> int:
       f'--workdir: no finished checkpoint in {_WORKDIR.value}; run '
       'gsae_jax.train, or wait for it with --watch'
     )
-  print(pareto.table(json.loads(paths[steps[-1]].read_text())))
+  print(pareto.summary(read_evaluations(folder.parent)))
   return 0
 
 

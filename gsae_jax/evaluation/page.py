@@ -8,9 +8,6 @@ from gsae_jax.evaluation.pareto import Record
 
 LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
 
-# A ratio that moves by less between two checkpoints has stopped moving.
-SETTLED = 0.05
-
 STYLE = """
 :root { color-scheme: light dark; --ink: #16202e; --soft: #5b6778;
   --line: #dfe4ec; --paper: #f6f7fa; --card: #ffffff;
@@ -83,11 +80,9 @@ def render(
     f'<p class="lead">{html.escape(_lead(last))}</p>',
   ]
   for site in sites:
-    history = {
-      step: [r for r in records if r['site'] == site]
-      for step, records in evaluations.items()
-    }
-    parts.append(_site(site, history, len(sites) > 1))
+    own = [r for r in last if r['site'] == site]
+    ratios = pareto.ratio_history(evaluations, site)
+    parts.append(_site(site, own, ratios, len(sites) > 1))
   parts += [_training(last, metrics), _table(last)]
   body = '\n'.join(parts)
   return (
@@ -117,14 +112,10 @@ def _lead(records: Sequence[Record]) -> str:
   )
 
 
-def _site(site: str, history: dict[int, list[Record]], many: bool) -> str:
-  last = history[max(history)]
+def _site(
+  site: str, last: list[Record], ratios: list[tuple[int, float]], many: bool
+) -> str:
   heading = f'<h2>{html.escape(site)}</h2>' if many else ''
-  ratios = []
-  for step in sorted(history):
-    ratio = pareto.l0_ratio(history[step], 'gated', 'relu')
-    if ratio is not None:
-      ratios.append((history[step][0]['tokens_trained'], ratio))
   frames = [
     _figure(
       'Loss recovered against sparsity',
@@ -197,7 +188,7 @@ def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
   cards = []
   if ratios:
     note = 'L0, Gated over baseline at equal loss recovered'
-    if len(ratios) < 2 or not settled(ratios):
+    if not pareto.settled(ratios):
       note += '<br><em class="flag">not converged</em>'
     cards.append((f'{ratios[-1][1]:.2f}', note))
   for architecture in sorted({r['architecture'] for r in records}):
@@ -226,11 +217,6 @@ def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
       for value, note in cards
     )
   )
-
-
-def settled(ratios: Sequence[tuple[int, float]]) -> bool:
-  """Whether the last two checkpoints agree on the ratio."""
-  return abs(ratios[-1][1] / ratios[-2][1] - 1) < SETTLED
 
 
 def _hover(r: Record) -> str:

@@ -1,12 +1,15 @@
 """Frontiers of evaluation records, and how two architectures compare on them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Record = dict[str, Any]
+
+# A ratio that moves by less between two checkpoints has stopped moving.
+SETTLED = 0.05
 
 COLUMNS = (
   ('member', 'SAE', '{}'),
@@ -89,3 +92,39 @@ def l0_ratio(
   at = np.linspace(low, high, 101)
   ours, theirs = (np.interp(at, recovered, l0) for recovered, l0 in curves)
   return float(np.exp(np.mean(ours - theirs)))
+
+
+def ratio_history(
+  evaluations: Mapping[int, Sequence[Record]], site: str
+) -> list[tuple[int, float]]:
+  """Activations seen and L0 ratio, Gated over baseline, by checkpoint."""
+  history = []
+  for _, records in sorted(evaluations.items()):
+    own = [r for r in records if r['site'] == site]
+    ratio = l0_ratio(own, 'gated', 'relu')
+    if ratio is not None:
+      history.append((own[0]['tokens_trained'], ratio))
+  return history
+
+
+def settled(history: Sequence[tuple[int, float]]) -> bool:
+  """Whether the last two checkpoints agree on the ratio."""
+  if len(history) < 2:
+    return False
+  return abs(history[-1][1] / history[-2][1] - 1) < SETTLED
+
+
+def summary(evaluations: Mapping[int, Sequence[Record]]) -> str:
+  """The latest checkpoint's table, and each site's L0 ratio below it."""
+  last = evaluations[max(evaluations)]
+  lines = [table(last)]
+  for site in sorted({r['site'] for r in last}):
+    history = ratio_history(evaluations, site)
+    if history:
+      tokens, ratio = history[-1]
+      state = 'settled' if settled(history) else 'not converged'
+      lines.append(
+        f'{site}: L0 of Gated over baseline at equal loss recovered is '
+        f'{ratio:.3f} after {tokens:,} activations each ({state})'
+      )
+  return '\n'.join(lines)

@@ -41,7 +41,12 @@ class Tracker:
     if 'wandb' in writers:
       self._writers.append(_Wandb(folder.name, config))
     path = folder / 'metrics.jsonl'
-    kept = [r for r in read_metrics(path) if r['step'] <= resumed_at]
+    # The event of a step comes behind its checkpoint, and will come again.
+    kept = [
+      r
+      for r in read_metrics(path)
+      if r['step'] + ('resampled' in r) <= resumed_at
+    ]
     part = folder / 'metrics.jsonl.part'
     part.write_text(''.join(json.dumps(r) + '\n' for r in kept))
     part.replace(path)

@@ -65,6 +65,17 @@ def test_table_has_a_row_per_record_and_survives_a_silent_sae():
   assert '–' in lines[5] and 'silent' in lines[5]
 
 
+def test_summary_says_where_the_ratio_still_moves():
+  moving = pareto.summary({50: two_arms(0.8), 100: two_arms(0.5)})
+  assert moving.endswith(
+    'mlp_out.0: L0 of Gated over baseline at equal loss recovered is 0.500 '
+    'after 51,200 activations each (not converged)'
+  )
+  assert '(settled)' in pareto.summary({5: two_arms(0.51), 10: two_arms(0.5)})
+  assert '(not converged)' in pareto.summary({10: two_arms(0.5)})
+  assert 'L0 of' not in pareto.summary({10: two_arms(0.5)[:4]})
+
+
 class Checker(html.parser.HTMLParser):
   """Collects tags left open, and everything that could fetch or run."""
 

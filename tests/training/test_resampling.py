@@ -1,5 +1,7 @@
 """Resampling of dead features."""
 
+import shutil
+
 import jax
 import numpy as np
 
@@ -83,9 +85,11 @@ def test_a_run_resamples_at_its_steps_and_says_so(store, tmp_path):
 def test_a_resumed_run_resamples_alike(store, tmp_path):
   members = (member(l1=30.0),)
   s = settings(resample_steps=(30,), **DYING)
-  train(store, tmp_path / 'whole', members, s)
-  train(store, tmp_path / 'cut', members, s, stop_at=25)
-  train(store, tmp_path / 'cut', members, s)
+  whole = train(store, tmp_path / 'whole', members, s)
+  train(store, tmp_path / 'cut', members, s, stop_at=31)
+  # As if killed behind the event: the checkpoint at 30 is the latest.
+  shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '31')
+  assert train(store, tmp_path / 'cut', members, s) == whole
   shapes = {'W_dec': [64, 16], 'W_gate': [16, 64]}
   saved = []
   for name in ('whole', 'cut'):
