@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -61,7 +62,7 @@ class Tokenizer:
     bos_id: id of the beginning-of-text token, or None.
     special_ids: sorted ids of every token marked special.
     digest: SHA-256 of the file.
-    vocabulary: number of ids.
+    largest_id: of all tokens; ids may leave gaps.
   """
 
   def __init__(self, folder: str):
@@ -78,7 +79,7 @@ class Tokenizer:
     except Exception as e:  # The Rust library raises bare Exception.
       raise UserError(f'lm.path: {path} is not a tokenizer: {e}') from e
     self.digest = hashlib.sha256(raw).hexdigest()
-    self.vocabulary = self._tokenizer.get_vocab_size()
+    self.largest_id = max(self._tokenizer.get_vocab().values())
     added = self._tokenizer.get_added_tokens_decoder()
     self.special_ids = tuple(sorted(i for i, t in added.items() if t.special))
     self.bos_id = self._bos_id(folder)
@@ -90,8 +91,7 @@ class Tokenizer:
     ):
       path = os.path.join(folder, name)
       if os.path.exists(path):
-        with open(path) as f:
-          value = json.load(f).get(key)
+        value = read_json(path).get(key)
         if isinstance(value, dict):  # An AddedToken written out.
           value = value['content']
         if isinstance(value, str):
@@ -109,6 +109,46 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._tokenizer.decode(list(ids))
+
+
+def read_json(path: str) -> dict[str, Any]:
+  """The object in a JSON file of a model folder.
+
+  Raises:
+    UserError: there is no such file, or it holds something else.
+  """
+  try:
+    with open(path) as f:
+      value = json.load(f)
+  except FileNotFoundError as e:
+    folder, name = os.path.split(path)
+    raise UserError(f'lm.path: {folder} has no {name}') from e
+  except ValueError as e:
+    raise UserError(f'lm.path: {path} is not JSON ({e})') from e
+  if not isinstance(value, dict):
+    raise UserError(f'lm.path: {path} is not a JSON object')
+  return value
+
+
+def prepare(
+  settings: Mapping[str, Any], tokenizer: Tokenizer, *, part: str, rows: int
+) -> tuple[Documents, Contexts]:
+  """Reads a text, takes one part of it and packs that.
+
+  Args:
+    settings: the arguments of `read_documents`, `split` and `pack` by name.
+    tokenizer: the language model's.
+    part: 'train' or 'held_out'.
+    rows: positions wanted in the mask, at least.
+
+  Returns:
+    all documents, and the contexts of the part.
+  """
+  settings = dict(settings)
+  held_out = settings.pop('held_out')
+  documents = read_documents(settings.pop('path'), settings.pop('separator'))
+  texts = split(documents, held_out, part)
+  return documents, pack(texts, tokenizer, rows=rows, **settings)
 
 
 def read_documents(path: str, separator: str | None) -> Documents:
@@ -226,7 +266,7 @@ def pack(
       break
   if counted < rows:
     raise UserError(
-      f'text.path: the text has {counted} usable tokens in contexts of '
+      f'text.path: the text has {counted} usable tokens in full contexts of '
       f'{context_length}, and {rows} are asked for; give more text or ask for '
       'fewer (store.tokens, eval.tokens)'
     )

@@ -15,7 +15,7 @@ import safetensors
 
 from gsae_jax.errors import UserError
 from gsae_jax.lm.families import FAMILIES
-from gsae_jax.lm.text import Tokenizer
+from gsae_jax.lm.text import Tokenizer, read_json
 from gsae_jax.lm.transformer import Transformer
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
@@ -62,7 +62,7 @@ def load_language_model(
       is missing, unexpected or misshapen.
   """
   folder = _folder(path, revision)
-  raw = _read_config(folder)
+  raw = read_json(os.path.join(folder, 'config.json'))
   family = FAMILIES.get(raw.get('model_type'))
   if family is None:
     raise UserError(
@@ -73,6 +73,8 @@ def load_language_model(
     config = family.config(raw)
   except KeyError as e:
     raise UserError(f'lm.path: {folder}/config.json has no {e}') from e
+  except (TypeError, AttributeError) as e:
+    raise UserError(f'lm.path: {folder}/config.json: {e}') from e
   tensors, digest = _read_tensors(folder)
   params = {}
   for ours, (theirs, orient) in family.weights(config).items():
@@ -93,6 +95,12 @@ def load_language_model(
   if unknown:
     raise UserError(f'lm.path: {folder} has an unexpected tensor {unknown[0]}')
   tokenizer = Tokenizer(folder)
+  if tokenizer.largest_id >= config.vocabulary:
+    raise UserError(
+      f'lm.path: the tokenizer in {folder} has ids up to '
+      f'{tokenizer.largest_id}, and the model {config.vocabulary} embeddings; '
+      "put the model's own tokenizer.json there"
+    )
   module = Transformer(config)
   _check_shapes(module, params, folder)
   identity = {
@@ -130,23 +138,11 @@ def _folder(path: str, revision: str | None) -> str:
     ) from e
 
 
-def _read_config(folder: str) -> dict[str, Any]:
-  path = os.path.join(folder, 'config.json')
-  try:
-    with open(path) as f:
-      return json.load(f)
-  except FileNotFoundError as e:
-    raise UserError(f'lm.path: {folder} has no config.json') from e
-  except json.JSONDecodeError as e:
-    raise UserError(f'lm.path: {path} is not JSON ({e})') from e
-
-
 def _read_tensors(folder: str) -> tuple[dict[str, np.ndarray], str]:
   """Every tensor of the folder's safetensors files, and a SHA-256 of them."""
   index = os.path.join(folder, 'model.safetensors.index.json')
   if os.path.exists(index):
-    with open(index) as f:
-      names = sorted(set(json.load(f)['weight_map'].values()))
+    names = sorted(set(read_json(index).get('weight_map', {}).values()))
   else:
     names = ['model.safetensors']
   tensors = {}

@@ -14,11 +14,11 @@ def unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def centred_product(
   x_BD: jax.Array, b_dec_D: jax.Array, W_DF: jax.Array
 ) -> jax.Array:
-  """`(x - b_dec) W`, whose gradients form no `[B, D]` cotangent.
+  """`(x - b_dec) W`, whose gradient for `b_dec` costs no matrix product.
 
-  Autodiff would make `dz W^T` for every row only to sum it over the batch for
-  `b_dec`, one matrix product of the eight; here the batch is summed first.
-  The data `x` gets a zero cotangent.
+  Autodiff would make `dz W^T` for every row and then sum it over the batch, one
+  matrix product of eight; here the batch is summed first. The cotangent of `x`
+  is that product, which jit prunes where nobody asks for it, as in training.
   """
   return (x_BD - b_dec_D) @ W_DF
 
@@ -30,8 +30,10 @@ def _centred_product_fwd(x_BD, b_dec_D, W_DF):
 
 def _centred_product_bwd(residuals, dz_BF):
   centred_BD, W_DF = residuals
-  db_dec_D = -(W_DF @ dz_BF.sum(0))
-  return jnp.zeros_like(centred_BD), db_dec_D, centred_BD.T @ dz_BF
+  rows = tuple(range(dz_BF.ndim - 1))  # One axis, or those of a context batch.
+  db_dec_D = -(W_DF @ dz_BF.sum(rows))
+  dW_DF = jnp.tensordot(centred_BD, dz_BF, (rows, rows))
+  return dz_BF @ W_DF.T, db_dec_D, dW_DF
 
 
 centred_product.defvjp(_centred_product_fwd, _centred_product_bwd)

@@ -6,6 +6,7 @@
 `params` are for raw activations: what `gsae_jax.load` gives is what is there.
 """
 
+import logging
 from typing import Any
 
 import jax
@@ -50,12 +51,18 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=kept, read_only=read_only, create=not read_only
     )
+    absl_logger = logging.getLogger('absl')
+    level = absl_logger.level
+    if read_only:  # Of which Orbax would warn every reader.
+      absl_logger.setLevel(logging.ERROR)
     try:
       self._manager = ocp.CheckpointManager(
         self.path, options=options, item_names=('state', 'metadata')
       )
     except OSError as e:
       raise UserError(f'--workdir: cannot write {workdir}: {e.strerror}') from e
+    finally:
+      absl_logger.setLevel(level)
 
   def __enter__(self):
     return self
@@ -81,8 +88,7 @@ class Checkpoints:
     Raises:
       UserError: the schema is unknown.
     """
-    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    metadata = self._manager.restore(step, args=args)['metadata']
+    metadata = self._read(step, metadata=ocp.args.JsonRestore())['metadata']
     if metadata.get('schema') != SCHEMA:
       raise UserError(
         f'{self.path}/{step} has schema {metadata.get("schema")}, and this '
@@ -107,8 +113,17 @@ class Checkpoints:
     args = ocp.args.PyTreeRestore(
       item=abstract, restore_args=restore_args, partial_restore=True
     )
-    restored = self._manager.restore(step, args=ocp.args.Composite(state=args))
-    return restored['state']
+    return self._read(step, state=args)['state']
+
+  def _read(self, step: int, **items) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as e:  # Orbax and TensorStore raise half a dozen kinds.
+      reason = next(iter(str(e).splitlines()), '')[:200]
+      raise UserError(
+        f'--workdir: {self.path}/{step} cannot be read ({type(e).__name__}: '
+        f'{reason}); delete that folder to go on from the one before'
+      ) from e
 
   def restore_params(
     self, step: int, members: dict[str, dict[str, list[int]]]

@@ -2,131 +2,24 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.loader import Loader
-from gsae_jax.activations.store import Store, check_site
+from gsae_jax.activations.store import Store
 from gsae_jax.config import MemberConfig, TrainConfig
-from gsae_jax.errors import UserError
-from gsae_jax.sae import ARCHITECTURES
-from gsae_jax.training import checkpoints, resampling
+from gsae_jax.training import checkpoints
 from gsae_jax.training import state as state_lib
-from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.step import Hyperparameters, train_step
-from gsae_jax.training.tracking import Tracker
-
-
-@dataclasses.dataclass
-class Member:
-  """One SAE of the run, with the arrays that it trains."""
-
-  config: MemberConfig
-  module: nn.Module
-  hyper: Hyperparameters
-  state: state_lib.MemberState
-  step: Callable[..., Any]  # Compiled; members of equal shape share it.
-
-
-def build_members(
-  members: tuple[MemberConfig, ...],
-  settings: TrainConfig,
-  store: Store,
-  mesh: Mesh,
-  seed: int,
-) -> list[Member]:
-  """Fresh members, their states born on the mesh.
-
-  Raises:
-    UserError: the store lacks a site, or the mesh does not divide a size.
-  """
-  _check_sizes(members, settings, store, mesh)
-  replicated = NamedSharding(mesh, P())
-  steps = {}
-  built = []
-  for config in members:
-    site = store.sites[config.site]
-    module = ARCHITECTURES[config.architecture](
-      width=site.width,
-      features=config.features,
-      encoder_scale=settings.encoder_scale,
-    )
-    if module not in steps:
-      steps[module] = compile_step(module, settings, mesh)
-    scale = 1.0
-    if settings.normalize == 'mean_squared_norm':
-      scale = site.mean_squared_norm**-0.5
-    rate = config.learning_rate
-    hyper = Hyperparameters(
-      learning_rate=np.float32(
-        settings.learning_rate if rate is None else rate
-      ),
-      l1=np.float32(config.l1),
-      scale=np.float32(scale),
-    )
-    own_seed = seed if config.seed is None else config.seed
-    built.append(
-      Member(
-        config=config,
-        module=module,
-        hyper=jax.device_put(hyper, replicated),
-        state=state_lib.init_member(module, mesh, seed=own_seed),
-        step=steps[module],
-      )
-    )
-  return built
-
-
-def _check_sizes(members, settings, store, mesh) -> None:
-  data, model = mesh.shape['data'], mesh.shape['model']
-  if settings.batch_size % data:
-    raise UserError(
-      f'train.batch_size: {settings.batch_size} is not divisible by mesh.data, '
-      f'{data}'
-    )
-  for config in members:
-    check_site(store, config.site, config.name)
-    if config.features % model:
-      raise UserError(
-        f'saes: member {config.name!r} has {config.features} features, not '
-        f'divisible by mesh.model, {model}'
-      )
-
-
-def compile_step(
-  module: nn.Module, settings: TrainConfig, mesh: Mesh
-) -> Callable[..., Any]:
-  """`train_step` under jit: donated, its outputs where its inputs were."""
-  schedule = Schedule(
-    steps=settings.steps,
-    warmup_steps=settings.warmup_steps,
-    l1_warmup_steps=settings.l1_warmup_steps,
-    decay_steps=settings.decay_steps,
-    resample_steps=settings.resample_steps,
-  )
-  step = functools.partial(
-    train_step,
-    module=module,
-    schedule=schedule,
-    loss_scale=settings.loss_scale,
-    dead_after=settings.dead_after,
-  )
-  placed = jax.tree.map(
-    lambda a: a.sharding, state_lib.abstract_member(module, mesh)
-  )
-  return jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(placed, NamedSharding(mesh, P())),
-  )
+from gsae_jax.training.members import Member, build_members
+from gsae_jax.training.resampling import resample_members
+from gsae_jax.training.tracking import Tracker, diverged
 
 
 def train(
@@ -171,7 +64,7 @@ def train(
     if done:
       checkpoints.check_metadata(saved.metadata(first), metadata, workdir)
       key = _restore(saved, first, run, mesh, key)
-    metadata = metadata | {'members': _describe(run, store)}
+    metadata = metadata | {'members': _describe(run, store, seed)}
     tracker = stack.enter_context(
       Tracker(
         workdir,
@@ -191,7 +84,9 @@ def train(
     )
 
     def save(step):
+      tracker.sync()
       if step not in done:
+        _check_finite(run, step)
         saved.save(step, _to_checkpoint(run, key), metadata)
 
     batches = loader.batches(NamedSharding(mesh, P('data')), start=first)
@@ -221,14 +116,14 @@ def train(
         _show(
           bar, tracker.write(step + 1, tokens, metrics), settings.batch_size
         )
-    tracker.flush()  # A diverged member must not be saved as finished.
     save(settings.steps)
   return True
 
 
 def _show(bar: tqdm.tqdm, values: dict, batch_size: int) -> None:
   if values:
-    rate = bar.format_dict['rate'] or 0
+    so_far = bar.format_dict
+    rate = (so_far['n'] - so_far['initial']) / max(so_far['elapsed'], 1e-9)
     mean = lambda k: np.mean([v[k] for v in values.values()])
     bar.set_postfix_str(
       f'{rate * batch_size:,.0f} tokens/s, mean loss {mean("loss"):.4g}, '
@@ -236,11 +131,26 @@ def _show(bar: tqdm.tqdm, values: dict, batch_size: int) -> None:
     )
 
 
-def _describe(run: list[Member], store: Store) -> list[dict[str, Any]]:
+def _check_finite(run: list[Member], step: int) -> None:
+  """Raises UserError rather than let a diverged state be saved."""
+  for m in run:
+    if not jax.device_get(_all_finite(m.state.params)):
+      raise diverged(m.config.name, f'not all its weights are finite at {step}')
+
+
+@jax.jit
+def _all_finite(params: dict[str, jax.Array]) -> jax.Array:
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(v)) for v in params.values()]))
+
+
+def _describe(
+  run: list[Member], store: Store, seed: int
+) -> list[dict[str, Any]]:
   """What a reader needs to know of each member, as plain data."""
   return [
     dataclasses.asdict(m.config)
     | {
+      'seed': seed if m.config.seed is None else m.config.seed,
       'width': m.module.width,
       'scale': float(m.hyper.scale),
       'mean_squared_norm': store.sites[m.config.site].mean_squared_norm,
@@ -273,53 +183,3 @@ def _restore(
   for m in run:
     m.state = state_lib.from_checkpoint(state['members'][m.config.name])
   return state['rng']
-
-
-def resample_members(
-  run: list[Member],
-  loader: Loader,
-  settings: TrainConfig,
-  step: int,
-  entropy: tuple[int, ...],
-) -> list[dict[str, Any]]:
-  """Resamples every member's dead features; returns a record of each event.
-
-  The subset that losses are computed on is the batches that come next.
-  """
-  batches = range(step, step + settings.resample_rows // settings.batch_size)
-  losses = jax.jit(resampling.row_losses, static_argnums=0)
-  apply = jax.jit(resampling.resample, static_argnames='encoder')
-  events = []
-  for i, m in enumerate(run):
-    dead_F = jax.device_get(m.state.steps_since_fired) >= settings.dead_after
-    events.append(
-      {
-        'step': step,
-        'tokens': step * settings.batch_size,
-        'member': m.config.name,
-        'resampled': int(dead_F.sum()),
-      }
-    )
-    if not dead_F.any():
-      continue
-    rows = functools.partial(loader.rows_at, site=m.config.site)
-    losses_N = np.concatenate(
-      [
-        losses(m.module, m.state.params, rows(b), m.hyper.scale)
-        for b in batches
-      ]
-    )
-    drawn = resampling.draw_rows(
-      losses_N, int(dead_F.sum()), entropy=(*entropy, i)
-    )
-    drawn_FD = np.zeros((m.module.features, m.module.width), np.float32)
-    batch_of, row_of = np.divmod(drawn, settings.batch_size)
-    found = np.zeros((len(drawn), m.module.width), np.float32)
-    for b in np.unique(batch_of):
-      here = batch_of == b
-      found[here] = rows(int(b) + step)[row_of[here]]
-    drawn_FD[dead_F] = found * float(m.hyper.scale)
-    placed = jax.tree.map(lambda a: a.sharding, m.state)
-    fresh = apply(m.state, dead_F, drawn_FD, encoder=m.module.encoder)
-    m.state = jax.device_put(fresh, placed)
-  return events

@@ -5,13 +5,29 @@ from typing import Any
 
 from etils import epath
 
+from gsae_jax.errors import UserError
+
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """The records in order, without the torn last line of a killed run."""
+  """The records in order, without the torn last line of a killed run.
+
+  Raises:
+    UserError: another line is not a record.
+  """
+  if not path.exists():
+    return []
+  lines = path.read_text().splitlines()
   records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for i, line in enumerate(lines):
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      record = json.loads(line)
+      record['step'], record['member']
+    except (ValueError, TypeError, KeyError) as e:
+      if i == len(lines) - 1:
+        break
+      raise UserError(
+        f'--workdir: line {i + 1} of {path} is not a record of a training run; '
+        'repair it or move the file away'
+      ) from e
+    records.append(record)
   return records

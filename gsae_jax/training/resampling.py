@@ -4,11 +4,18 @@ The paper does not say how a Gated SAE's own parameters are reset; here the
 resampled feature starts as at initialisation: biases and r_mag at 0.
 """
 
+import functools
+import zlib
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax.activations.loader import Loader
+from gsae_jax.config import TrainConfig
+from gsae_jax.training.members import Member
 from gsae_jax.training.state import MemberState
 
 
@@ -44,7 +51,9 @@ def resample(
 
   The decoder row becomes the drawn input's direction from `b_dec`, the encoder
   column the same at 0.2 of the mean norm of the alive ones; biases, r_mag and
-  second moments of the feature are reset to 0.
+  second moments of the feature are reset to 0. Adam's count is not, so the first
+  updates of a fresh feature are up to 32 times the learning rate; the warm-up
+  behind the event takes the edge off.
 
   Args:
     state: the member's.
@@ -78,3 +87,58 @@ def resample(
     opt_state=state.opt_state._replace(nu=nu),
     steps_since_fired=jnp.where(dead_F, 0, state.steps_since_fired),
   )
+
+
+_row_losses = jax.jit(row_losses, static_argnums=0)
+_resample = jax.jit(resample, static_argnames='encoder')
+
+
+def resample_members(
+  run: list[Member],
+  loader: Loader,
+  settings: TrainConfig,
+  step: int,
+  entropy: tuple[int, ...],
+) -> list[dict[str, Any]]:
+  """Resamples every member's dead features; returns a record of each event.
+
+  The subset that losses are computed on is the batches that come next. A
+  member's draws depend on its name, not on its company.
+  """
+  batches = range(step, step + settings.resample_rows // settings.batch_size)
+  events = []
+  for m in run:
+    dead_F = jax.device_get(m.state.steps_since_fired) >= settings.dead_after
+    events.append(
+      {
+        'step': step,
+        'tokens': step * settings.batch_size,
+        'member': m.config.name,
+        'resampled': int(dead_F.sum()),
+      }
+    )
+    if not dead_F.any():
+      continue
+    rows = functools.partial(loader.rows_at, site=m.config.site)
+    losses_N = np.concatenate(
+      [
+        losses(m.module, m.state.params, rows(b), m.hyper.scale)
+        for b in batches
+      ]
+    )
+    drawn = draw_rows(
+      losses_N,
+      int(dead_F.sum()),
+      entropy=(*entropy, zlib.crc32(m.config.name.encode())),
+    )
+    drawn_FD = np.zeros((m.module.features, m.module.width), np.float32)
+    batch_of, row_of = np.divmod(drawn, settings.batch_size)
+    found = np.zeros((len(drawn), m.module.width), np.float32)
+    for b in np.unique(batch_of):
+      here = batch_of == b
+      found[here] = rows(int(b) + step)[row_of[here]]
+    drawn_FD[dead_F] = found * float(m.hyper.scale)
+    placed = jax.tree.map(lambda a: a.sharding, m.state)
+    fresh = _resample(m.state, dead_F, drawn_FD, encoder=m.module.encoder)
+    m.state = jax.device_put(fresh, placed)
+  return events

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb on demand."""
 
+import hashlib
 import json
 import os
 from typing import Any
@@ -37,9 +38,10 @@ class Tracker:
     folder = epath.Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if 'tensorboard' in writers:
-      self._writers.append(_TensorBoard(os.fspath(folder / 'tensorboard')))
+      place = os.fspath(folder / 'tensorboard')
+      self._writers.append(_TensorBoard(place, resumed_at))
     if 'wandb' in writers:
-      self._writers.append(_Wandb(folder.name, config))
+      self._writers.append(_Wandb(folder.absolute(), config))
     path = folder / 'metrics.jsonl'
     # The event of a step comes behind its checkpoint, and will come again.
     kept = [
@@ -47,10 +49,7 @@ class Tracker:
       for r in read_metrics(path)
       if r['step'] + ('resampled' in r) <= resumed_at
     ]
-    part = folder / 'metrics.jsonl.part'
-    part.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-    part.replace(path)
-    self._file = path.open('a')
+    self._file = _Lines(path, kept, append='://' not in workdir)
 
   def __enter__(self):
     return self
@@ -75,8 +74,13 @@ class Tracker:
     """Writes one line of its own, such as a resampling."""
     self.flush()
     if self._file:
-      self._file.write(json.dumps(record) + '\n')
-      self._file.flush()
+      self._file.write(record)
+
+  def sync(self) -> None:
+    """Makes what was written so far visible, on object storage too."""
+    self.flush()
+    if self._file:
+      self._file.sync()
 
   def flush(self) -> dict[str, dict[str, float]]:
     """Writes what is pending, and returns it as floats.
@@ -94,25 +98,67 @@ class Tracker:
     }
     for member, scalars in values.items():
       if not np.isfinite(scalars['loss']):
-        raise UserError(
-          f'saes: member {member!r} diverged: its loss is {scalars["loss"]} at '
-          f'step {step}; lower its learning rate. The last checkpoint is good'
-        )
+        raise diverged(member, f'its loss is {scalars["loss"]} at step {step}')
       if self._file:
         record = {'step': step, 'tokens': tokens, 'member': member, **scalars}
-        self._file.write(json.dumps(record) + '\n')
+        self._file.write(record)
       for writer in self._writers:
         writer.write(step, {f'{member}/{k}': v for k, v in scalars.items()})
-    if self._file:
-      self._file.flush()
     return values
 
 
+def diverged(member: str, how: str) -> UserError:
+  """The error for a member whose numbers are no longer numbers."""
+  return UserError(
+    f'saes: member {member!r} diverged: {how}; the checkpoints so far are '
+    'good. Lower its learning_rate and start again in another --workdir'
+  )
+
+
+class _Lines:
+  """A file of JSON lines; without `append`, written whole by `sync`.
+
+  Objects in a bucket cannot grow.
+  """
+
+  def __init__(
+    self, path: epath.Path, kept: list[dict[str, Any]], *, append: bool
+  ):
+    self._path = path
+    self._lines = [json.dumps(record) + '\n' for record in kept]
+    self._stream = None
+    if append:
+      part = path.parent / (path.name + '.part')
+      part.write_text(''.join(self._lines))
+      part.replace(path)
+      self._stream = path.open('a')
+
+  def write(self, record: dict[str, Any]) -> None:
+    line = json.dumps(record) + '\n'
+    if self._stream:
+      self._stream.write(line)
+      self._stream.flush()
+    else:
+      self._lines.append(line)
+
+  def sync(self) -> None:
+    if not self._stream:
+      self._path.write_text(''.join(self._lines))
+
+  def close(self) -> None:
+    self.sync()
+    if self._stream:
+      self._stream.close()
+
+
 class _TensorBoard:
-  def __init__(self, folder: str):
+  def __init__(self, folder: str, resumed_at: int):
     import tensorboardX
 
-    self._writer = tensorboardX.SummaryWriter(folder)
+    # What a killed run wrote past its checkpoint is hidden by what comes.
+    self._writer = tensorboardX.SummaryWriter(
+      folder, purge_step=resumed_at + 1 if resumed_at else None
+    )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     for name, value in scalars.items():
@@ -123,16 +169,20 @@ class _TensorBoard:
 
 
 class _Wandb:
-  def __init__(self, name: str, config: dict[str, Any]):
+  def __init__(self, folder: epath.Path, config: dict[str, Any]):
     try:
       import wandb
     except ImportError as e:
       raise UserError(
         "train.writers: 'wandb' is not installed; pip install gsae_jax[wandb]"
       ) from e
-    # The folder's name is the run's: started again, it goes on in the same.
+    # The folder is the run: started again, it goes on in the same one.
     self._run = wandb.init(
-      project='gsae_jax', name=name, id=name, resume='allow', config=config
+      project='gsae_jax',
+      name=folder.name,
+      id=hashlib.sha256(os.fspath(folder).encode()).hexdigest()[:16],
+      resume='allow',
+      config=config,
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:

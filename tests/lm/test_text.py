@@ -93,7 +93,9 @@ def test_keep_counts_special_tokens_too(tokenizer):
 
 
 def test_too_little_text_and_too_little_tokenizer(tokenizer, tmp_path):
-  with pytest.raises(UserError, match='has 15 usable tokens in contexts of 16'):
+  with pytest.raises(
+    UserError, match='has 15 usable tokens in full contexts of 16'
+  ):
     pack(['pass\n' * 10], tokenizer)
   with pytest.raises(UserError, match="no file matches '.*nothing.*'"):
     text.read_documents(str(tmp_path / 'nothing*'), None)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from gsae_jax.errors import UserError
@@ -20,12 +21,12 @@ GOLDEN = ROOT / 'tests' / 'golden' / 'tiny_llama'
 
 @pytest.fixture(scope='module')
 def tiny_llama(tmp_path_factory):
-  """The golden model's folder, with a tokenizer that it does not use."""
+  """The golden model's folder, with a tokenizer of as many words."""
   folder = tmp_path_factory.mktemp('llama')
   for path in GOLDEN.iterdir():
     shutil.copy(path, folder)
-  embedded = ROOT / 'gsae_jax' / 'lm' / 'embedded'
-  shutil.copy(embedded / 'tokenizer.json', folder)
+  words = tokenizers.models.WordLevel({f'w{i}': i for i in range(50)}, 'w0')
+  tokenizers.Tokenizer(words).save(str(folder / 'tokenizer.json'))
   return folder
 
 

@@ -145,3 +145,24 @@ def test_a_hub_id_without_a_network(monkeypatch):
     'org/name', "'org/name' is neither a folder nor could it be downloaded"
   )
   refuse('/nowhere/at/all', 'there is no folder /nowhere/at/all')
+
+
+def test_another_models_tokenizer_is_refused(folder):
+  config = json.loads((folder / 'config.json').read_text())
+  change_tensors(
+    folder, lambda t: t.update({'embed.W_E': t['embed.W_E'][:900]})
+  )
+  change_tensors(
+    folder,
+    lambda t: t.update({'unembed.W_U': t['unembed.W_U'][:, :900].copy()}),
+  )
+  (folder / 'config.json').write_text(json.dumps(config | {'d_vocab': 900}))
+  refuse(folder, 'has ids up to 2047, and the model 900 embeddings')
+
+
+def test_broken_settings_have_their_line(folder):
+  (folder / 'tokenizer_config.json').write_text('{"bos_token": ')
+  refuse(folder, 'tokenizer_config.json is not JSON')
+  (folder / 'tokenizer_config.json').unlink()
+  (folder / 'config.json').write_text('[]')
+  refuse(folder, 'config.json is not a JSON object')

@@ -76,3 +76,27 @@ def test_initial_parameters():
   np.testing.assert_allclose(p['W_gate'], 0.2 * p['W_dec'].T, rtol=1e-6)
   for name in ('b_gate', 'r_mag', 'b_mag', 'b_dec'):
     assert not np.any(p[name])
+
+
+def test_gradients_flow_to_the_activations(rng, x64):
+  # Attribution and steering need them; training asks for none.
+  p = random_params(rng)
+  x = rng.normal(size=(2, 3, 32))
+  weight = rng.normal(size=(2, 3, 128))
+  params = {k: jnp.asarray(v) for k, v in p.items()}
+  total = lambda x: jnp.sum(
+    weight * GatedSAE(32, 128).apply({'params': params}, x, method='encode')
+  )
+  z = (x - p['b_dec']) @ p['W_gate']
+  open_ = (z + p['b_gate'] > 0) & (np.exp(p['r_mag']) * z + p['b_mag'] > 0)
+  want = (weight * open_ * np.exp(p['r_mag'])) @ p['W_gate'].T
+  np.testing.assert_allclose(jax.grad(total)(jnp.asarray(x)), want, rtol=1e-10)
+
+
+def test_parameter_gradients_are_the_same_for_contexts_of_rows(rng):
+  p = {k: jnp.asarray(v, jnp.float32) for k, v in random_params(rng).items()}
+  x = rng.normal(size=(2, 6, 32)).astype(np.float32)
+  total = lambda p, x: jnp.sum(GatedSAE(32, 128).apply({'params': p}, x)['f'])
+  flat = jax.grad(total)(p, x.reshape(12, 32))
+  for name, g in jax.grad(total)(p, x).items():
+    np.testing.assert_allclose(g, flat[name], rtol=1e-4, atol=1e-4)

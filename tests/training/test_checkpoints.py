@@ -10,6 +10,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.mesh import make_mesh
 from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
+from gsae_jax.training.members import build_members
 from tests.training.conftest import member, settings
 
 
@@ -54,7 +55,7 @@ def train(
 
 def params_at(workdir, step, store, members, mesh):
   """Everything a checkpoint holds, as host arrays by path."""
-  built = loop.build_members(members, settings(), store, mesh, 0)
+  built = build_members(members, settings(), store, mesh, 0)
   with Checkpoints(str(workdir), kept=None, read_only=True) as saved:
     key = jax.random.key_data(jax.random.key(0))
     loop._restore(saved, step, built, mesh, key)
@@ -169,17 +170,34 @@ def test_object_storage_that_orbax_cannot_write_is_refused():
     Checkpoints('s3://bucket/run', kept=None)
 
 
+def test_a_diverged_state_is_never_saved(store, tmp_path):
+  wild = settings(learning_rate=1e30, checkpoint_every=5, log_every=15)
+  with pytest.raises(UserError, match="'g' diverged: .* another --workdir"):
+    train(store, tmp_path, MEMBERS, wild)
+  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+    assert saved.steps() == [0]
+
+
+def test_a_damaged_checkpoint_is_named(store, tmp_path):
+  train(store, tmp_path, MEMBERS, settings())
+  for path in (tmp_path / 'checkpoints' / '30').rglob('*'):
+    if path.is_file() and 'state' in path.parts and path.stat().st_size > 500:
+      path.write_bytes(path.read_bytes()[:100])
+  with pytest.raises(
+    UserError, match='checkpoints/30 cannot be read .*; delete'
+  ):
+    train(store, tmp_path, MEMBERS, settings(steps=30))
+
+
 def test_sizes_that_the_mesh_does_not_divide(store):
   with pytest.raises(UserError, match='66 features, not divisible by mesh.mod'):
-    loop.build_members(
-      (member(features=66),), settings(), store, make_mesh(1, 4), 0
-    )
+    build_members((member(features=66),), settings(), store, make_mesh(1, 4), 0)
   with pytest.raises(UserError, match='130 is not divisible by mesh.data, 4'):
-    loop.build_members(
+    build_members(
       (member(),), settings(batch_size=130), store, make_mesh(4, 1), 0
     )
   with pytest.raises(UserError, match="trains on 'mlp_out.9'"):
-    loop.build_members(
+    build_members(
       (member(site='mlp_out.9'),), settings(), store, make_mesh(4, 1), 0
     )
   with pytest.raises(UserError, match='data=3 x model=1 does not cover 4'):

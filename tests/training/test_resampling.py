@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from gsae_jax.mesh import make_mesh
-from gsae_jax.training import loop, resampling
+from gsae_jax.training import resampling
 from gsae_jax.training.checkpoints import Checkpoints
+from gsae_jax.training.members import build_members
 from tests.training.conftest import member, settings
 from tests.training.test_checkpoints import train
 
@@ -26,7 +27,7 @@ def test_draws_have_odds_of_the_loss_squared():
 def test_dead_features_start_anew_and_the_others_do_not_move(store, rng):
   for architecture, encoder in (('gated', 'W_gate'), ('relu', 'W_enc')):
     one = member(architecture=architecture)
-    (m,) = loop.build_members((one,), settings(), store, make_mesh(1, -1), 0)
+    (m,) = build_members((one,), settings(), store, make_mesh(1, -1), 0)
     ones = jax.tree.map(np.ones_like, m.state.opt_state.nu)
     params = {k: np.asarray(v) + 0.1 for k, v in m.state.params.items()}
     state = m.state._replace(

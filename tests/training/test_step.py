@@ -1,5 +1,7 @@
 """The train step: its trajectory, its schedules, its meshes, its companions."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.loader import Loader
 from gsae_jax.mesh import make_mesh
-from gsae_jax.training import loop
+from gsae_jax.training.members import build_members
 from gsae_jax.training.schedule import Schedule
 from tests.sae import reference
+from tests.training import test_checkpoints as checkpoints
 from tests.training.conftest import member, settings
 
 
@@ -21,7 +24,7 @@ def run(store, members, train, *, mesh=(1, 1), seed=0):
   mesh = jax.make_mesh(
     mesh, ('data', 'model'), axis_types=auto, devices=devices
   )
-  built = loop.build_members(members, train, store, mesh, seed)
+  built = build_members(members, train, store, mesh, seed)
   sites = tuple(dict.fromkeys(m.site for m in members))
   loader = Loader(store, sites, batch_size=train.batch_size, seed=seed)
   batches = loader.batches(NamedSharding(mesh, P('data')), start=0)
@@ -39,7 +42,7 @@ def test_trajectory_equals_the_float64_reference(architecture, store):
   train = settings(steps=60, warmup_steps=0, l1_warmup_steps=0)
   one = member(architecture=architecture, features=48)
   losses, (built,) = run(store, (one,), train)
-  fresh = loop.build_members((one,), train, store, make_mesh(1, 4), 0)[0]
+  fresh = build_members((one,), train, store, make_mesh(1, 4), 0)[0]
   p = {k: np.asarray(v, np.float64) for k, v in fresh.state.params.items()}
   v = {k: np.zeros_like(w) for k, w in p.items()}
   loader = Loader(store, ('resid_post.0',), batch_size=128, seed=0)
@@ -84,6 +87,16 @@ def test_a_member_in_a_run_is_the_member_alone(store):
     alone, _ = run(store, (one,), settings())
     assert together[one.name] == alone[one.name]
   assert together['a'] != together['b']
+
+
+def test_resampling_does_not_depend_on_company(store, tmp_path):
+  s = settings(steps=24, dead_after=3, learning_rate=0.05, resample_steps=(20,))
+  one, other = member('a', l1=30.0), member('b', l1=20.0)
+  checkpoints.train(store, tmp_path / 'alone', (one,), s)
+  lines = checkpoints.train(store, tmp_path / 'both', (other, one), s)
+  assert any(e.get('resampled') for e in lines if e['member'] == 'a')
+  alone = (tmp_path / 'alone' / 'metrics.jsonl').read_text().splitlines()
+  assert [json.dumps(e) for e in lines if e['member'] == 'a'] == alone
 
 
 def test_members_of_equal_shape_share_one_program(store):

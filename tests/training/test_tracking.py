@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gsae_jax.errors import UserError
-from gsae_jax.training.tracking import Tracker
+from gsae_jax.training.records import read_metrics
+from gsae_jax.training.tracking import Tracker, _Lines
 
 
 def events(folder):
@@ -55,6 +56,32 @@ def test_a_diverged_member_is_named(tmp_path):
       tracker.write(7, 0, {'a': {'loss': 1.0}, 'b': {'loss': float('nan')}})
 
 
+def test_a_bad_line_is_an_error_unless_it_is_the_torn_last_one(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  good = '{"step": 1, "member": "a"}'
+  for torn in ('{"step": 2, "mem', '', '{}'):
+    path.write_text(f'{good}\n{torn}')
+    assert read_metrics(path) == [{'step': 1, 'member': 'a'}]
+  for bad in ('{"step": 2, "mem', '{}', '[]'):
+    path.write_text(f'{bad}\n{good}\n')
+    with pytest.raises(
+      UserError, match='line 1 of .*metrics.jsonl is not a rec'
+    ):
+      Tracker(str(tmp_path), resumed_at=0, writers=(), config={})
+    assert path.read_text() == f'{bad}\n{good}\n'
+
+
+def test_lines_on_storage_that_cannot_append_are_written_whole(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  lines = _Lines(path, [{'step': 1}], append=False)
+  lines.write({'step': 2})
+  assert not path.exists()
+  lines.sync()
+  lines.write({'step': 3})
+  lines.close()
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
 def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
   calls = []
   run = types.SimpleNamespace(
@@ -62,7 +89,7 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     finish=lambda: calls.append('finish'),
   )
   fake = types.ModuleType('wandb')
-  fake.init = lambda **k: calls.append((k['id'], k['config'])) or run
+  fake.init = lambda **k: calls.append((k['name'], k['config'])) or run
   monkeypatch.setitem(sys.modules, 'wandb', fake)
   with Tracker(
     str(tmp_path / 'run7'), resumed_at=0, writers=('wandb',), config={'seed': 1}
