@@ -9,6 +9,7 @@ import collections.abc
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from typing import Any
@@ -25,7 +26,15 @@ def _choice(field: str, value: Any, allowed: tuple) -> None:
     raise UserError(f'config field {field}: {value!r} is not one of {options}')
 
 
+def _positive(field: str, value: float) -> None:
+  _at_least(field, value, 0)
+  if not value:
+    raise UserError(f'config field {field} must be more than 0')
+
+
 def _at_least(field: str, value: float, least: float) -> None:
+  if not math.isfinite(value):
+    raise UserError(f'config field {field}: {value!r} is not a number')
   if value < least:
     raise UserError(
       f'config field {field}: {value!r} is too small; the least is {least}'
@@ -97,7 +106,11 @@ class MemberConfig:
     _choice('saes[].architecture', self.architecture, tuple(ARCHITECTURES))
     _at_least('saes[].features', self.features, 1)
     _at_least('saes[].l1', self.l1, 0)
-    if not self.name or set(self.name) & set('/\\ \t\n'):
+    if self.seed is not None:
+      _at_least('saes[].seed', self.seed, 0)
+    if self.learning_rate is not None:
+      _positive('saes[].learning_rate', self.learning_rate)
+    if self.name in ('', '.', '..') or set(self.name) & set('/\\ \t\n'):
       raise UserError(
         f'config field saes[].name: {self.name!r} must be a word without '
         'slashes and spaces; it names folders'
@@ -134,6 +147,16 @@ class TrainConfig:
       _at_least(f'train.{name}', getattr(self, name), 1)
     for name in ('warmup_steps', 'l1_warmup_steps', 'decay_steps'):
       _at_least(f'train.{name}', getattr(self, name), 0)
+    _positive('train.learning_rate', self.learning_rate)
+    _positive('train.encoder_scale', self.encoder_scale)
+    if self.checkpoints_kept is not None:
+      _at_least('train.checkpoints_kept', self.checkpoints_kept, 1)
+    for step in self.resample_steps:
+      if not 0 < step < self.steps:
+        raise UserError(
+          f'config field train.resample_steps: {step} is not between 0 and '
+          f'train.steps, {self.steps}'
+        )
     if self.resample_steps and self.resample_rows < self.batch_size:
       raise UserError(
         f'config field train.resample_rows: {self.resample_rows} is less than '
@@ -220,6 +243,11 @@ def parse(raw: ml_collections.ConfigDict) -> Config:
   Raises:
     UserError: a field is unknown, missing, of the wrong type or out of range.
   """
+  if not isinstance(raw, ml_collections.ConfigDict):
+    raise UserError(
+      '--config: get_config() must return an ml_collections.ConfigDict, not '
+      f'{type(raw).__name__}'
+    )
   return _parse_dataclass(Config, raw.to_dict(), '')
 
 
@@ -260,6 +288,8 @@ def _parse_value(hint, value, name: str):
   kinds = (hint,)
   if isinstance(hint, types.UnionType):
     kinds = typing.get_args(hint)
+  if value in ('None', 'none') and type(None) in kinds:
+    return None  # How a command line says it.
   if float in kinds and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, kinds) or (

@@ -3,8 +3,8 @@ r"""Evaluates the checkpoints of a run on held-out text.
   python -m gsae_jax.evaluate --config=experiments/quickstart.py --workdir=DIR
   python -m gsae_jax.evaluate ... --watch     follows a training run to its end
 
-Writes `eval/step_<N>.json` for every checkpoint that has none yet, and prints
-the table of the latest.
+Writes `eval/step_<N>.json` for every checkpoint that has none of `eval.tokens`
+tokens yet, and prints the table of the latest.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from gsae_jax import program
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import metrics, pareto, splice
-from gsae_jax.evaluation.records import read_evaluations
+from gsae_jax.evaluation.records import read_evaluations, read_records
 from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.sae import ARCHITECTURES
@@ -43,7 +43,7 @@ def make_evaluator(
 
   Args:
     config: the experiment.
-    trained: identity of the store that the SAEs were trained on.
+    trained: metadata of a checkpoint.
 
   Raises:
     UserError: the language model or the token policy is not the one that the
@@ -56,27 +56,26 @@ def make_evaluator(
     )
   lm = load_language_model(**dataclasses.asdict(config.lm))
   text = dataclasses.asdict(config.text)
-  here = {'lm': lm.identity, 'text': text}
-  there = {'lm': trained['lm'], 'text': dict(trained['text'])}
-  # Evaluating on another text is a fair thing to do.
-  for name in ('path', 'separator', 'documents'):
+  here = {'lm': lm.identity, 'text': dict(text)}
+  there = {
+    'lm': trained['store_identity']['lm'],
+    'text': dict(trained['store_identity']['text']),
+  }
+  for name in ('path', 'documents'):
     here['text'].pop(name, None)
     there['text'].pop(name, None)
+  if text['path'] != trained['store_provenance']['text_path']:
+    # Evaluating on another text is a fair thing to do. On the same one, other
+    # documents would be held out than those that training left alone.
+    here['text']['separator'] = there['text']['separator']
   different = differences(there, here)
   if different:
     raise UserError(
       f'--config: the SAEs were trained on other activations ({different[0]}); '
       'use the config that they were trained with'
     )
-  documents = text_lib.read_documents(config.text.path, config.text.separator)
-  contexts = text_lib.pack(
-    text_lib.split(documents, config.text.held_out, 'held_out'),
-    lm.tokenizer,
-    context_length=config.text.context_length,
-    packing=config.text.packing,
-    prepend_bos=config.text.prepend_bos,
-    special_tokens=config.text.special_tokens,
-    rows=config.eval.tokens,
+  _, contexts = text_lib.prepare(
+    text, lm.tokenizer, part='held_out', rows=config.eval.tokens
   )
   return splice.Evaluator(
     lm,
@@ -116,7 +115,7 @@ def evaluate_step(
         'architecture': m['architecture'],
         'features': m['features'],
         'l1_coefficient': m['l1'],
-        'seed': trained['config']['seed'] if m['seed'] is None else m['seed'],
+        'seed': m['seed'],
         'step': step,
         'tokens_trained': step * trained['config']['train']['batch_size'],
         **metrics.record(*sums),
@@ -125,42 +124,58 @@ def evaluate_step(
   return records
 
 
+def is_done(path: epath.Path, tokens: int) -> bool:
+  """Whether a checkpoint was evaluated already, on so many tokens."""
+  return path.exists() and read_records(path)[0]['num_tokens'] == tokens
+
+
+def write_records(path: epath.Path, records: list[dict]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.parent / (path.name + '.part')
+  part.write_text(json.dumps(records, indent=1, allow_nan=False) + '\n')
+  part.replace(path)
+
+
+def evaluate_new(
+  config: config_lib.Config, workdir: epath.Path, make, preempted
+) -> bool:
+  """Evaluates the checkpoints that wait for it; True if none is to come."""
+  with Checkpoints(str(workdir), kept=None, read_only=True) as checkpoints:
+    steps = checkpoints.steps()
+    paths = {step: workdir / 'eval' / f'step_{step}.json' for step in steps}
+    todo = [s for s in steps if not is_done(paths[s], config.eval.tokens)]
+    for step in tqdm.tqdm(todo, unit='checkpoint', disable=not todo):
+      if preempted:
+        return False
+      evaluator = make(config, checkpoints.metadata(step))
+      write_records(paths[step], evaluate_step(evaluator, checkpoints, step))
+    if not steps:
+      return False
+    return checkpoints.metadata(steps[-1])['config']['train']['steps'] in steps
+
+
 def main() -> int:
   config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
-  folder = epath.Path(_WORKDIR.value).expanduser() / 'eval'
-  evaluator = None
-  records = None
-  last = config.train.steps
+  workdir = epath.Path(_WORKDIR.value).expanduser()
+  made = []
+
+  def make(*args):
+    if not made:  # Once: the checkpoints of a run share their store.
+      made.append(make_evaluator(*args))
+    return made[0]
+
   while True:
-    with Checkpoints(_WORKDIR.value, kept=None, read_only=True) as checkpoints:
-      steps = checkpoints.steps()
-      paths = {step: folder / f'step_{step}.json' for step in steps}
-      todo = [step for step in steps if not paths[step].exists()]
-      if steps and evaluator is None:
-        metadata = checkpoints.metadata(steps[-1])
-        last = metadata['config']['train']['steps']
-        if todo:
-          evaluator = make_evaluator(config, metadata['store_identity'])
-      for step in tqdm.tqdm(todo, unit='checkpoint', disable=not todo):
-        if preempted:
-          return program.PREEMPTED
-        records = evaluate_step(evaluator, checkpoints, step)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f'step_{step}.json.part'
-        part.write_text(json.dumps(records, indent=1) + '\n')
-        part.replace(paths[step])
-    if not _WATCH.value or last in steps:
-      break
+    last = False
+    # With --watch, the training run may not have begun.
+    if (workdir / 'checkpoints').exists() or not _WATCH.value:
+      last = evaluate_new(config, workdir, make, preempted)
     if preempted:
       return program.PREEMPTED
+    if last or not _WATCH.value:
+      break
     time.sleep(_POLL.value)
-  if not steps:
-    raise UserError(
-      f'--workdir: no finished checkpoint in {_WORKDIR.value}; run '
-      'gsae_jax.train, or wait for it with --watch'
-    )
-  print(pareto.summary(read_evaluations(folder.parent)))
+  print(pareto.summary(read_evaluations(workdir)))
   return 0
 
 

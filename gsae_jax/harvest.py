@@ -32,7 +32,7 @@ def store_identity(
 ) -> dict:
   """Everything that determines a store's content, as plain data."""
   text = dataclasses.asdict(config.text)
-  del text['path'], text['separator']
+  del text['path']  # The documents say it better.
   store = dataclasses.asdict(config.store)
   del store['batch_contexts']
   return config_lib.plain(
@@ -58,14 +58,10 @@ def main() -> int:
   lm = load_language_model(**dataclasses.asdict(config.lm))
   widths = {s: lm.module.config.check_site(s) for s in config.sites}
   lm.check_context_length(config.text.context_length)
-  documents = text_lib.read_documents(config.text.path, config.text.separator)
-  contexts = text_lib.pack(
-    text_lib.split(documents, config.text.held_out, 'train'),
+  documents, contexts = text_lib.prepare(
+    dataclasses.asdict(config.text),
     lm.tokenizer,
-    context_length=config.text.context_length,
-    packing=config.text.packing,
-    prepend_bos=config.text.prepend_bos,
-    special_tokens=config.text.special_tokens,
+    part='train',
     rows=config.store.tokens,
   )
   writer = StoreWriter(

@@ -46,11 +46,18 @@ def read_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
   Raises:
     UserError: the file is not there, or running it failed.
   """
+  value = holder.value
   try:
-    return holder.value
-  except Exception as e:  # Put off until here by config_flags.
-    reason = str(e).strip().splitlines()[-1].strip()
-    raise UserError(f'--config: {reason}') from e
+    hasattr(value, 'to_dict')  # config_flags puts its errors off until here.
+    return value
+  except Exception as e:
+    raise UserError(f'--config: {_last_line(e)}') from e
+
+
+def _last_line(error: Exception) -> str:
+  """Where absl and ml_collections say what happened, below where it did."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[-1] if lines else type(error).__name__
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -77,10 +84,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as e:
-    # absl's own message may go on for lines about where a flag came from.
-    _fail(str(e).splitlines()[0])
+    _fail(_last_line(e))
   except Exception as e:  # Whatever the user's config file raises.
-    _fail(f'--config: {type(e).__name__}: {str(e).splitlines()[0]}')
+    _fail(f'--config: {type(e).__name__}: {_last_line(e)}')
 
 
 def _fail(reason) -> None:

@@ -25,7 +25,9 @@ def main() -> int:
     read_metrics(workdir / 'metrics.jsonl'),
   )
   path = workdir / 'report.html'
-  path.write_text(text)
+  part = workdir / 'report.html.part'
+  part.write_text(text)
+  part.replace(path)
   print(path)
   return 0
 

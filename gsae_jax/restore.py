@@ -25,7 +25,8 @@ class SAE:
       `l1`, `seed`, `learning_rate`, and `scale`, which activations were
       multiplied by in training and which is folded into `params`.
     metadata: plain data: the `step`, the run's `config`, the content hash of
-      its `store` and `store_identity`, which names the language model.
+      its `store`, and `store_identity` and `store_provenance`, which hold the
+      language model's hashes and path.
   """
 
   def __init__(
@@ -133,12 +134,18 @@ def load(path: str, step: int | None = None, member: str | None = None) -> SAE:
 
 
 def _load_exported(folder: epath.Path) -> SAE:
-  about = json.loads((folder / 'sae.json').read_text())
+  try:
+    about = json.loads((folder / 'sae.json').read_text())
+    raw = (folder / 'sae.safetensors').read_bytes()
+    arrays = safetensors.numpy.load(raw)
+  except (ValueError, OSError, safetensors.SafetensorError) as e:
+    raise UserError(
+      f'{folder} is not an exported SAE ({e}); export or copy it again'
+    ) from e
   if about.get('schema') != SCHEMA:
     raise UserError(
       f'{folder}/sae.json has schema {about.get("schema")}, and this version '
       f'reads {SCHEMA}; install the version that wrote it'
     )
-  arrays = safetensors.numpy.load((folder / 'sae.safetensors').read_bytes())
   params = {k: jnp.asarray(v) for k, v in arrays.items()}
   return SAE(params, about['config'], about['metadata'])

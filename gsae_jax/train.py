@@ -14,6 +14,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import program
 from gsae_jax.activations.store import Store, open_store
 from gsae_jax.errors import UserError
+from gsae_jax.lm.weights import load_language_model
 from gsae_jax.mesh import make_mesh
 from gsae_jax.training import checkpoints, loop
 
@@ -25,6 +26,14 @@ _WORKDIR = flags.DEFINE_string(
 flags.mark_flags_as_required(['config', 'store', 'workdir'])
 
 
+def is_lm_of(store: Store, lm: config_lib.LMConfig) -> bool:
+  """Whether a model at another path is the one that filled the store."""
+  return (
+    load_language_model(**dataclasses.asdict(lm)).identity
+    == store.identity['lm']
+  )
+
+
 def check_store(config: config_lib.Config, store: Store) -> None:
   """Refuses a store that another kind of config made.
 
@@ -33,18 +42,17 @@ def check_store(config: config_lib.Config, store: Store) -> None:
   Raises:
     UserError: names the first setting that differs.
   """
-  here = {
-    'lm.path': config.lm.path,
-    'lm.revision': config.lm.revision,
-    'lm.dtype': config.lm.dtype,
-    'store.dtype': config.store.dtype,
-  }
+  here = {'lm.dtype': config.lm.dtype, 'store.dtype': config.store.dtype}
   there = {
-    'lm.path': store.provenance['lm_path'],
-    'lm.revision': store.provenance['lm_revision'],
     'lm.dtype': store.identity['lm']['dtype'],
     'store.dtype': store.identity['store']['dtype'],
   }
+  for name in ('lm_path', 'lm_revision'):
+    field = name.replace('_', '.')
+    here[field] = getattr(config.lm, name[3:])
+    there[field] = store.provenance[name]
+  if here['lm.path'] != there['lm.path'] and is_lm_of(store, config.lm):
+    del here['lm.path'], here['lm.revision']
   for name, value in dataclasses.asdict(config.text).items():
     if name in store.identity['text']:
       here[f'text.{name}'] = value
@@ -77,6 +85,7 @@ def main() -> int:
       'identity': config.identity(),
       'store': store.content_hash,
       'store_identity': store.identity,
+      'store_provenance': store.provenance,
     },
     preempted=lambda: bool(preempted),
   )

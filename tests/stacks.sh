@@ -18,7 +18,9 @@ stack() { # name, python, constraints...
   "$venv/bin/python" -m pip install -q -e '.[test]' "$@"
   echo "stack $name: $("$venv/bin/python" -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)')"
   "$venv/bin/python" -m pytest -q -m 'not slow' \
-    tests/lm tests/sae tests/training tests/evaluation tests/test_restore.py
+    tests/lm tests/activations tests/sae tests/training tests/evaluation \
+    tests/test_restore.py tests/test_config.py \
+    tests/test_programs.py::test_the_four_commands_leave_what_the_contract_says
 }
 
 stack newest "${PYTHON_NEWEST:-python3.12}"

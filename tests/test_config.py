@@ -63,13 +63,22 @@ def sae(**changes):
 @pytest.mark.parametrize(
   'change, match',
   [
-    (put('train.stepz', 1) if False else (lambda c: c.train.update(stepz=1)),
+    (lambda c: c.train.update(stepz=1),
      r"train.stepz is unknown; did you mean 'steps'"),
     (lambda c: c.update(optimizer=1), 'field optimizer is unknown'),
     (lambda c: c.text.__delitem__('held_out'), 'text.held_out is missing'),
     (put('train.steps', '100'), "train.steps must be int, not '100'"),
     (put('train.steps', 10.5), 'train.steps must be int, not 10.5'),
     (put('train.steps', True), 'train.steps must be int, not True'),
+    (put('train.learning_rate', -1.0), 'train.learning_rate: -1.0 is too small'),
+    (put('train.learning_rate', float('nan')), 'nan is not a number'),
+    (put('train.encoder_scale', 0.0), 'train.encoder_scale must be more than 0'),
+    (put('train.checkpoints_kept', 0), 'checkpoints_kept: 0 is too small'),
+    (put('train.resample_steps', (7000,)), '7000 is not between 0 and train.ste'),
+    (sae(seed=-1), 'seed: -1 is too small'),
+    (sae(learning_rate=0.0), 'learning_rate must be more than 0'),
+    (sae(l1=float('inf')), 'l1: inf is not a number'),
+    (sae(name='..'), "'..' must be a word without slashes"),
     (put('train.steps', 0), 'train.steps: 0 is too small; the least is 1'),
     (put('train.resample_steps', 5), 'resample_steps must be a tuple, not 5'),
     (put('train.resample_steps', ('5',)), r"resample_steps\[0\] must be int"),
@@ -98,6 +107,18 @@ def sae(**changes):
 )  # fmt: skip
 def test_mistakes_have_a_line(change, match):
   refuse(change, match)
+
+
+def test_none_can_be_said_on_a_command_line():
+  config = quickstart()
+  config.train.normalize = 'None'
+  assert config_lib.parse(config).train.normalize is None
+
+
+@pytest.mark.parametrize('value', [None, {'seed': 0}, 3])
+def test_get_config_must_return_a_config(value):
+  with pytest.raises(UserError, match='must return an ml_collections.ConfigDi'):
+    config_lib.parse(value)
 
 
 def test_integers_serve_where_floats_are_asked_for():

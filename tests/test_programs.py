@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,8 +195,7 @@ def test_a_preempted_harvest_exits_42_and_goes_on(smoke, tmp_path):
 
 
 def test_watch_follows_a_run_to_its_last_checkpoint(smoke, tmp_path):
-  store, workdir, *_ = smoke
-  (tmp_path / 'checkpoints').mkdir()
+  store, workdir, *_ = smoke  # The watcher is there before the run.
   watcher = start(
     'evaluate', f'--workdir={tmp_path}', '--watch', '--poll_seconds=0.2'
   )
@@ -215,6 +215,12 @@ def test_watch_follows_a_run_to_its_last_checkpoint(smoke, tmp_path):
   [
     ('--config.train.stepz=5', 'stepz'),
     ('--config.train.steps=many', 'train.steps'),
+    (
+      '--config=tests/configs/wrong_type.py',
+      "train.steps must be int, not 'a'",
+    ),
+    ('--config=tests/configs/raises.py', 'no such dataset: pile'),
+    ('--config=tests/configs/not_a_config.py', 'must return an ml_collections'),
     ('--config=experiments/nothing.py', 'nothing.py'),
     ('--config.lm.path=/no/such/folder', 'lm.path: there is no folder'),
     ("--config.sites=('mlp_out.9',)", 'mlp_out.9'),
@@ -244,7 +250,9 @@ def test_training_refuses_stores_and_workdirs_that_do_not_fit(smoke, tmp_path):
   refuse(
     'train', f'--store={tmp_path}', flags[1], match='no activation store at'
   )
-  refuse('train', *flags, '--config.lm.path=other/model', match='lm.path=')
+  refuse(
+    'train', *flags, '--config.lm.path=/no/model', match='there is no folder'
+  )
   refuse('train', *flags, '--config.store.dtype=bfloat16', match='store.dtype=')
   refuse(
     'train',
@@ -286,6 +294,47 @@ def test_training_refuses_another_store_for_the_same_run(smoke, tmp_path):
     f'--workdir={workdir}',
     match='another store',
   )
+
+
+def test_evaluation_of_other_tokens_is_done_again(smoke, tmp_path):
+  _, workdir, *_ = smoke
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  before = (copy / 'eval/step_40.json').stat().st_mtime_ns
+  run('evaluate', f'--workdir={copy}')
+  assert (copy / 'eval/step_40.json').stat().st_mtime_ns == before
+  run('evaluate', f'--workdir={copy}', '--config.eval.tokens=500')
+  records = json.loads((copy / 'eval/step_40.json').read_text())
+  assert [r['num_tokens'] for r in records] == [500] * 4
+  (copy / 'eval/step_40.json').write_text('[{}]')
+  refuse(
+    'evaluate', f'--workdir={copy}', match='step_40.json is not an evaluat'
+  )
+  refuse(
+    'report', f'--workdir={copy}', match='step_40.json is not an evaluation'
+  )
+
+
+def test_another_separator_would_hold_out_other_text(smoke, tmp_path):
+  # Its documents would not be those that training left alone.
+  store, *_ = smoke
+  flags = (f'--store={store}', f'--workdir={tmp_path}')
+  refuse('train', *flags, '--config.text.separator=def', match='separator=None')
+
+
+def test_the_same_model_may_lie_elsewhere(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  shutil.copytree(ROOT / 'gsae_jax/lm/embedded', tmp_path / 'lm')
+  lm = f'--config.lm.path={tmp_path}/lm'
+  flags = (f'--store={store}', f'--workdir={tmp_path}/run')
+  run(
+    'train',
+    *flags,
+    lm,
+    '--config.train.steps=8',
+    '--config.train.decay_steps=0',
+  )
+  run('evaluate', f'--workdir={workdir}', lm)
 
 
 def test_evaluation_refuses_another_language_model(smoke, tmp_path, stories):

@@ -60,7 +60,7 @@ def test_what_it_says_of_itself(run):
   assert sae.config['site'] == 'resid_post.0' and sae.config['features'] == 64
   scale = store.sites['resid_post.0'].mean_squared_norm ** -0.5
   np.testing.assert_allclose(sae.config['scale'], scale, rtol=1e-6)
-  assert sae.metadata['step'] == 60
+  assert sae.metadata['step'] == 60 and sae.config['seed'] == 0
   assert sae.metadata['store'] == store.content_hash
   json.dumps([sae.config, sae.metadata])
   assert repr(sae).startswith("SAE('g', architecture='gated'")
@@ -92,6 +92,12 @@ def test_exported_folder_is_the_same_sae(run, tmp_path):
   np.testing.assert_array_equal(again(x), sae(x))
   assert again.config == sae.config and again.metadata == sae.metadata
   about = json.loads((tmp_path / 'out' / 'sae.json').read_text())
+  weights = tmp_path / 'out' / 'sae.safetensors'
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[:-9])
+  with pytest.raises(ValueError, match='out is not an exported SAE .*; export'):
+    gsae_jax.load(str(tmp_path / 'out'))
+  weights.write_bytes(whole)
   (tmp_path / 'out' / 'sae.json').write_text(json.dumps(about | {'schema': 7}))
   with pytest.raises(
     ValueError, match='has schema 7, and this version reads 1'

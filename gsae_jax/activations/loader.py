@@ -1,6 +1,7 @@
 """Reads training batches: order from (seed, step) alone, so no state to save.
 
-An epoch visits every block of `chunk_rows` rows once, in an order of its own.
+An epoch visits the blocks of `chunk_rows` rows once, in an order of its own; the
+last of them that do not fill a batch are left to the next.
 Rows of a block stay together, which is harmless because harvest has shuffled
 them across contexts (see `source.py`).
 """

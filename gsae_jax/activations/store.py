@@ -78,7 +78,13 @@ class Store:
       'kvstore': kvstore_spec(self.path, name),
       'fill_missing_data_reads': False,  # A lost shard must not read as zeros.
     }
-    return ts.open(spec, open=True, read=True, context=context).result()
+    try:
+      return ts.open(spec, open=True, read=True, context=context).result()
+    except ValueError as e:
+      raise UserError(
+        f'--store: {self.path} has no readable {name}; run the same '
+        'gsae_jax.harvest command again'
+      ) from e
 
 
 def kvstore_spec(path: str, name: str = '') -> dict[str, Any]:
@@ -135,9 +141,12 @@ def read_manifest(path: str) -> dict[str, Any] | None:
   if value.state == 'missing':
     return None
   try:
-    return json.loads(value.value)
-  except json.JSONDecodeError as e:
+    manifest = json.loads(value.value)
+  except ValueError as e:
     raise UserError(f'--store: {path}/manifest.json is not JSON ({e})') from e
+  if not isinstance(manifest, dict):
+    raise UserError(f'--store: {path}/manifest.json is not a manifest')
+  return manifest
 
 
 def write_manifest(path: str, manifest: dict[str, Any]) -> None:
@@ -183,19 +192,23 @@ def open_store(path: str) -> Store:
       f'--store: the harvest at {path} is unfinished; run the same '
       'gsae_jax.harvest command again, and it will go on'
     )
-  sites = {
-    name: Site(s['width'], np.array(s['mean']), s['mean_squared_norm'])
-    for name, s in manifest['sites'].items()
-  }
-  return Store(
-    path=path,
-    identity=manifest['identity'],
-    provenance=manifest['provenance'],
-    content_hash=manifest['content_hash'],
-    rows=manifest['rows'],
-    chunk_rows=manifest['chunk_rows'],
-    sites=sites,
-  )
+  try:
+    return Store(
+      path=path,
+      identity=manifest['identity'],
+      provenance=manifest['provenance'],
+      content_hash=manifest['content_hash'],
+      rows=manifest['rows'],
+      chunk_rows=manifest['chunk_rows'],
+      sites={
+        name: Site(s['width'], np.array(s['mean']), s['mean_squared_norm'])
+        for name, s in manifest['sites'].items()
+      },
+    )
+  except KeyError as e:
+    raise UserError(
+      f'--store: {path}/manifest.json lacks {e}; harvest into another folder'
+    ) from e
 
 
 def check_site(store: Store, site: str, member: str) -> None:

@@ -38,6 +38,15 @@ def record(clean: Sums, zero: Sums, spliced: Sums) -> dict[str, float]:
     the divergence in nats per prediction, squared norms in the activations' own
     units.
   """
+  with np.errstate(divide='ignore', invalid='ignore'):
+    values = _ratios(clean, zero, spliced)
+  # What is undefined, such as the gamma of an SAE that is silent, is null: a
+  # record is JSON, which has no NaN.
+  out = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
+  return out | {'num_tokens': int(spliced['tokens'])}
+
+
+def _ratios(clean: Sums, zero: Sums, spliced: Sums) -> dict[str, np.ndarray]:
   predictions = clean['predictions']
   tokens = spliced['tokens']
   ce_clean = clean['ce'] / predictions
@@ -46,7 +55,7 @@ def record(clean: Sums, zero: Sums, spliced: Sums) -> dict[str, float]:
   mean_squared = (spliced['x'] ** 2).sum() / tokens**2
   variance = spliced['x_squared'] / tokens - mean_squared
   mse = spliced['error'] / tokens
-  values = {
+  return {
     'l0': spliced['l0'] / tokens,
     # Eq. 5: 0 for a reconstruction of zeros, 1 for a perfect one.
     'loss_recovered': (ce_zero - ce_spliced) / (ce_zero - ce_clean),
@@ -54,17 +63,10 @@ def record(clean: Sums, zero: Sums, spliced: Sums) -> dict[str, float]:
     'ce_spliced': ce_spliced,
     'ce_zero_ablation': ce_zero,
     'kl_clean_spliced': spliced['kl'] / predictions,
-    # Eq. 9, in the paper's second version; an SAE that is silent on the whole
-    # set has none.
-    'gamma': _ratio(spliced['x_hat_squared'], spliced['dot']),
+    # Eq. 9, in the paper's second version.
+    'gamma': np.divide(spliced['x_hat_squared'], spliced['dot']),
     'explained_variance': 1 - mse / variance,
     'mse': mse,
     'cosine': spliced['cosine'] / tokens,
     'alive_fraction': (spliced['fired'] > 0).mean(),
   }
-  out = {k: None if v is None else float(v) for k, v in values.items()}
-  return out | {'num_tokens': int(tokens)}
-
-
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-  return a / b if b else None

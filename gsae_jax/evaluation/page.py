@@ -1,64 +1,13 @@
 """The report: one HTML page made of evaluation records and training metrics."""
 
 import html
+import importlib.resources
 from collections.abc import Sequence
 
 from gsae_jax.evaluation import figures, pareto
 from gsae_jax.evaluation.pareto import Record
 
 LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #16202e; --soft: #5b6778;
-  --line: #dfe4ec; --paper: #f6f7fa; --card: #ffffff;
-  --gated: #1f6feb; --relu: #d9730d; --other: #7a52cc; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf3; --soft: #97a3b6;
-  --line: #2b3442; --paper: #10151d; --card: #171e29;
-  --gated: #5b9dff; --relu: #f2994a; --other: #b294ff; } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif }
-main { max-width: 1220px; margin: 0 auto; padding: 36px 24px 64px }
-h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -.01em }
-h2 { font-size: 18px; margin: 40px 0 12px }
-h3 { font-size: 14px; margin: 0 0 8px; font-weight: 600 }
-p.lead, p.note { color: var(--soft); margin: 4px 0 0; max-width: 80ch }
-.cards { display: grid; gap: 14px; margin-top: 22px;
-  grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)) }
-.card, figure { background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; padding: 16px 18px; margin: 0 }
-.card b { display: block; font-size: 25px; font-weight: 650;
-  letter-spacing: -.02em; font-variant-numeric: tabular-nums }
-.card span { color: var(--soft); font-size: 13px }
-.flag { color: var(--relu); font-weight: 600 }
-.figures { display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)) }
-figcaption { color: var(--soft); font-size: 13px; margin-top: 6px }
-svg { width: 100%; height: auto; display: block }
-.grid { stroke: var(--line); stroke-width: 1 }
-.guide { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 4 4 }
-.tick { fill: var(--soft); font-size: 12px }
-.axis { fill: var(--ink); font-size: 13px }
-polyline { fill: none; stroke: currentColor; stroke-width: 2 }
-circle { fill: currentColor; stroke: var(--card); stroke-width: 1.5 }
-.s-gated { color: var(--gated) } .s-relu { color: var(--relu) }
-.s-other { color: var(--other) }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px;
-  padding-left: 62px }
-.key i { display: inline-block; width: 11px; height: 11px; margin-right: 6px;
-  border-radius: 50%; background: currentColor }
-.scroll { overflow-x: auto; background: var(--card); border-radius: 10px;
-  border: 1px solid var(--line) }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px;
-  font-variant-numeric: tabular-nums }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line) }
-th { color: var(--soft); font-weight: 600 }
-th:first-child, td:first-child { text-align: left }
-tr:last-child td { border-bottom: 0 }
-td i { display: inline-block; width: 9px; height: 9px; border-radius: 50%;
-  background: currentColor; margin-right: 8px }
-"""
 
 
 def render(
@@ -85,10 +34,12 @@ def render(
     parts.append(_site(site, own, ratios, len(sites) > 1))
   parts += [_training(last, metrics), _table(last)]
   body = '\n'.join(parts)
+  here = importlib.resources.files('gsae_jax.evaluation')
+  style = (here / 'page.css').read_text()
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+    f'<title>{html.escape(title)}</title><style>{style}</style></head>'
     f'<body><main>{body}</main></body></html>\n'
   )
 
@@ -148,7 +99,8 @@ def _site(
       _figure(
         'L0 ratio at equal loss recovered, over training',
         'Gated over baseline, 1 is level. The baseline converges more slowly, '
-        'so a ratio that still moves flatters Gated.',
+        'so a short run flatters Gated; settled means within '
+        f'{pareto.SETTLED:.0%} of the ratio at half the activations.',
         figures.figure(
           [figures.Series('Gated / baseline', 'gated', points)],
           x_label='activations seen by each SAE',

@@ -8,7 +8,7 @@ import numpy as np
 
 Record = dict[str, Any]
 
-# A ratio that moves by less between two checkpoints has stopped moving.
+# A ratio that moved by less over the second half of training has settled.
 SETTLED = 0.05
 
 COLUMNS = (
@@ -55,8 +55,9 @@ def frontier(records: Sequence[Record]) -> list[Record]:
   """The records that none of the others beats in both L0 and loss recovered."""
   best = -math.inf
   kept = []
-  for r in sorted(records, key=lambda r: (r['l0'], -r['loss_recovered'])):
-    if r['loss_recovered'] > best and r['l0'] > 0:
+  drawn = [r for r in records if r['l0'] and r['loss_recovered'] is not None]
+  for r in sorted(drawn, key=lambda r: (r['l0'], -r['loss_recovered'])):
+    if r['loss_recovered'] > best:
       best = r['loss_recovered']
       kept.append(r)
   return kept
@@ -108,10 +109,14 @@ def ratio_history(
 
 
 def settled(history: Sequence[tuple[int, float]]) -> bool:
-  """Whether the last two checkpoints agree on the ratio."""
-  if len(history) < 2:
-    return False
-  return abs(history[-1][1] / history[-2][1] - 1) < SETTLED
+  """Whether the ratio is what it was at half of the activations seen.
+
+  The last two checkpoints would not do: at the end of a run the learning rate
+  has decayed, and nothing moves any more.
+  """
+  tokens, ratio = history[-1]
+  before = [r for t, r in history if t <= tokens / 2]
+  return bool(before) and abs(ratio / before[-1] - 1) < SETTLED
 
 
 def summary(evaluations: Mapping[int, Sequence[Record]]) -> str:

@@ -122,7 +122,7 @@ def resample_members(
     rows = functools.partial(loader.rows_at, site=m.config.site)
     losses_N = np.concatenate(
       [
-        losses(m.module, m.state.params, rows(b), m.hyper.scale)
+        _row_losses(m.module, m.state.params, rows(b), m.hyper.scale)
         for b in batches
       ]
     )

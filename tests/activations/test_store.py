@@ -1,6 +1,7 @@
 """The store: what is on disk, resuming, and the door."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -117,6 +118,14 @@ def test_a_lost_shard_is_an_error_and_not_zeros(tmp_path):
     array[256:288].read().result()
 
 
+def test_a_lost_array_is_named(tmp_path):
+  fill(tmp_path)
+  store = open_store(str(tmp_path))
+  shutil.rmtree(tmp_path / 'mlp_out.0' / 'activations')
+  with pytest.raises(UserError, match='has no readable mlp_out.0/activations'):
+    store.array('mlp_out.0/activations')
+
+
 def test_a_flipped_bit_is_an_error(tmp_path):
   fill(tmp_path)
   path = tmp_path / 'mlp_out.0' / 'activations' / 'c' / '2' / '0'
@@ -137,6 +146,13 @@ def test_stores_that_are_not_there_or_not_known(tmp_path):
   manifest = json.loads((tmp_path / 'manifest.json').read_text())
   store_lib.write_manifest(str(tmp_path), manifest | {'schema': 99})
   with pytest.raises(UserError, match='has schema 99, and this version reads'):
+    open_store(str(tmp_path))
+  del manifest['identity']
+  store_lib.write_manifest(str(tmp_path), manifest)
+  with pytest.raises(UserError, match="manifest.json lacks 'identity'"):
+    open_store(str(tmp_path))
+  (tmp_path / 'manifest.json').write_text('[]')
+  with pytest.raises(UserError, match='manifest.json is not a manifest'):
     open_store(str(tmp_path))
   (tmp_path / 'manifest.json').write_text('{')
   with pytest.raises(UserError, match='manifest.json is not JSON'):

@@ -21,7 +21,7 @@ def record(member, architecture, l0, recovered, **changes):
   return values | changes
 
 
-def two_arms(factor):
+def two_arms(factor, step=100):
   """Baseline frontier, and one that needs `factor` of its L0 everywhere."""
   recovered = [0.6, 0.7, 0.8, 0.9]
   relu = [
@@ -31,7 +31,8 @@ def two_arms(factor):
     record(f'g{i}', 'gated', factor * 10 * 2**i, r)
     for i, r in enumerate(recovered)
   ]
-  return relu + gated
+  own = {'step': step, 'tokens_trained': 512 * step}
+  return [r | own for r in relu + gated]
 
 
 def test_frontier_keeps_what_nothing_beats():
@@ -66,12 +67,16 @@ def test_table_has_a_row_per_record_and_survives_a_silent_sae():
 
 
 def test_summary_says_where_the_ratio_still_moves():
-  moving = pareto.summary({50: two_arms(0.8), 100: two_arms(0.5)})
+  moving = pareto.summary({50: two_arms(0.8, 50), 100: two_arms(0.5)})
   assert moving.endswith(
     'mlp_out.0: L0 of Gated over baseline at equal loss recovered is 0.500 '
     'after 51,200 activations each (not converged)'
   )
-  assert '(settled)' in pareto.summary({5: two_arms(0.51), 10: two_arms(0.5)})
+  level = pareto.summary({50: two_arms(0.51, 50), 100: two_arms(0.5, 100)})
+  assert '(settled)' in level
+  # Agreeing with a checkpoint near the end shows nothing.
+  late = pareto.summary({90: two_arms(0.51, 90), 100: two_arms(0.5, 100)})
+  assert '(not converged)' in late
   assert '(not converged)' in pareto.summary({10: two_arms(0.5)})
   assert 'L0 of' not in pareto.summary({10: two_arms(0.5)[:4]})
 
@@ -104,7 +109,7 @@ class Checker(html.parser.HTMLParser):
 def rendered(**changes):
   values = {
     'title': 'run',
-    'evaluations': {50: two_arms(0.8), 100: two_arms(0.5)},
+    'evaluations': {50: two_arms(0.8, 50), 100: two_arms(0.5)},
     'metrics': [
       {'step': s, 'tokens': s, 'member': m, 'loss': 1 / s, 'l0': 50 / s,
        'dead_fraction': 0.0}
@@ -133,7 +138,7 @@ def test_page_shows_the_numbers():
   assert '0.990–0.990' in checker.text
   assert 'not converged' in shown  # 0.8 at step 50, 0.5 at step 100.
   assert '51,200 activations' in shown and '1,000 held-out tokens' in shown
-  _, checker = rendered(evaluations={50: two_arms(0.5), 100: two_arms(0.5)})
+  _, checker = rendered(evaluations={50: two_arms(0.5, 50), 100: two_arms(0.5)})
   assert 'not converged' not in ' '.join(checker.text)
 
 
