@@ -8,9 +8,11 @@ import pytest
 
 from gsae_jax.errors import UserError
 from gsae_jax.mesh import make_mesh
+from gsae_jax.sae import ARCHITECTURES
 from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.members import build_members
+from gsae_jax.training.state import fold_scale
 from tests.training.conftest import member, settings
 
 
@@ -146,6 +148,22 @@ def test_saved_weights_take_raw_activations(store, tmp_path):
   variance = ((x - x.mean(0)) ** 2).sum(1).mean()
   assert error < 0.3 * variance
   np.testing.assert_allclose(np.linalg.norm(p['W_dec'], axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_folding_the_scale_changes_units_and_nothing_else(architecture, rng):
+  module = ARCHITECTURES[architecture](width=16, features=40)
+  x = rng.normal(size=(50, 16)).astype(np.float32)
+  params = module.init(jax.random.key(0), x)['params']
+  noise = {k: rng.normal(size=v.shape) for k, v in params.items()}
+  params = {k: np.float32(v + noise[k]) for k, v in params.items()}
+  run = lambda p, x: module.apply({'params': p}, x)
+  scaled = run(params, 0.05 * x)
+  raw = run(fold_scale(params, 0.05), x)
+  for name in ('f', 'x_hat'):
+    np.testing.assert_allclose(
+      raw[name] * 0.05, scaled[name], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_another_config_or_store_is_refused(store, tmp_path):
