@@ -5,13 +5,26 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stack() { # name, python, constraints...
-  local name=$1 python=$2
-  shift 2
-  if ! "$python" -c '' 2>/dev/null; then
-    echo "stack $name: no $python here, left out"
+find_python() { # 3.12: one on the path that runs, else one of pyenv's
+  if "python$1" -c '' 2>/dev/null; then
+    command -v "python$1"
+  elif command -v pyenv >/dev/null; then
+    local version
+    version=$(pyenv versions --bare | grep -E "^${1//./\\.}\.[0-9]+$" | tail -n 1)
+    if [ -n "$version" ]; then
+      echo "$(pyenv prefix "$version")/bin/python"
+    fi
+  fi
+}
+
+stack() { # name, Python version, constraints...
+  local name=$1 python
+  python=$(find_python "$2" || true)
+  if [ -z "$python" ]; then
+    echo "stack $name: no Python $2 here, left out"
     return
   fi
+  shift 2
   local venv=.venv-$name
   "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install -q --upgrade pip
@@ -23,7 +36,7 @@ stack() { # name, python, constraints...
     tests/test_programs.py::test_the_four_commands_leave_what_the_contract_says
 }
 
-stack newest "${PYTHON_NEWEST:-python3.12}"
-stack colab "${PYTHON_COLAB:-python3.13}" \
+stack newest "${PYTHON_NEWEST:-3.12}"
+stack colab "${PYTHON_COLAB:-3.13}" \
   jax==0.7.2 jaxlib==0.7.2 flax==0.11.2 orbax-checkpoint==0.12.4 \
   tensorstore==0.1.85 numpy==2.1.3 safetensors==0.8.0 transformers==5.15.0
