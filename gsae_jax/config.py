@@ -184,7 +184,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A whole experiment; the fields are design contract, see the quickstart."""
+  """A whole experiment: the fields that every experiment file has."""
 
   seed: int
   lm: LMConfig

@@ -170,7 +170,7 @@ def main() -> int:
     # With --watch, the training run may not have begun.
     if (workdir / 'checkpoints').exists() or not _WATCH.value:
       last = evaluate_new(config, workdir, make, preempted)
-    if preempted:
+    if preempted and not last:
       return program.PREEMPTED
     if last or not _WATCH.value:
       break

@@ -34,7 +34,7 @@ def record(clean: Sums, zero: Sums, spliced: Sums) -> dict[str, float]:
       `x` `[D]`, `fired` `[F]`.
 
   Returns:
-    the fields of an evaluation record: see design contract; cross-entropies and
+    the fields of an evaluation record (docs/evaluate.md); cross-entropies and
     the divergence in nats per prediction, squared norms in the activations' own
     units.
   """
