@@ -144,32 +144,48 @@ def test_harvest_killed_and_started_again_is_as_if_never_killed(
   assert files(tmp_path) == files(store)
 
 
+# Long enough to be caught in the middle, however busy the machine is.
+LONG = ('--config.train.steps=300', '--config.train.checkpoint_every=50')
+
+
+@pytest.fixture(scope='module')
+def whole(smoke, tmp_path_factory):
+  """The workdir of a longer run that nobody interrupted."""
+  workdir = tmp_path_factory.mktemp('whole')
+  run('train', f'--store={smoke[0]}', f'--workdir={workdir}', *LONG)
+  return workdir
+
+
+def same_run(ours, theirs):
+  """Metrics and weights are equal to the bit."""
+  metrics = 'metrics.jsonl'
+  assert (ours / metrics).read_text() == (theirs / metrics).read_text()
+  for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
+    a, b = (gsae_jax.load(str(w), member=name) for w in (ours, theirs))
+    assert a.metadata['step'] == b.metadata['step'] == 300
+    for k, v in b.params.items():
+      np.testing.assert_array_equal(a.params[k], v)
+
+
 @pytest.mark.slow
 def test_training_killed_and_started_again_is_as_if_never_killed(
-  smoke, tmp_path
+  smoke, whole, tmp_path
 ):
-  store, workdir, *_ = smoke
-  flags = (f'--store={store}', f'--workdir={tmp_path}')
+  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *LONG)
   metrics = tmp_path / 'metrics.jsonl'
   lines = lambda: metrics.read_text().count('\n') if metrics.exists() else 0
-  for enough in (4, 20):
+  for enough in (4, 100):  # Of 240.
     process = start('train', *flags)
     wait_for(lambda n=enough: lines() >= n, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
   run('train', *flags)
-  assert metrics.read_text() == (workdir / 'metrics.jsonl').read_text()
-  for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
-    ours = gsae_jax.load(str(tmp_path), member=name)
-    theirs = gsae_jax.load(str(workdir), member=name)
-    for k, v in theirs.params.items():
-      np.testing.assert_array_equal(ours.params[k], v)
+  same_run(tmp_path, whole)
 
 
-def test_a_preempted_run_exits_42_and_goes_on(smoke, tmp_path):
-  store, workdir, *_ = smoke
-  flags = (f'--store={store}', f'--workdir={tmp_path}')
+def test_a_preempted_run_exits_42_and_goes_on(smoke, whole, tmp_path):
+  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *LONG)
   metrics = tmp_path / 'metrics.jsonl'
   process = start('train', *flags)
   wait_for(lambda: metrics.exists() and metrics.read_text(), process)
@@ -177,9 +193,9 @@ def test_a_preempted_run_exits_42_and_goes_on(smoke, tmp_path):
   _, err = process.communicate(timeout=120)
   assert process.returncode == 42, err
   saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
-  assert 0 < saved < 40
+  assert 0 < saved < 300
   run('train', *flags)
-  assert metrics.read_text() == (workdir / 'metrics.jsonl').read_text()
+  same_run(tmp_path, whole)
 
 
 def test_a_preempted_harvest_exits_42_and_goes_on(smoke, tmp_path):
@@ -317,9 +333,12 @@ def test_evaluation_of_other_tokens_is_done_again(smoke, tmp_path):
 
 def test_another_separator_would_hold_out_other_text(smoke, tmp_path):
   # Its documents would not be those that training left alone.
-  store, *_ = smoke
+  store, workdir, *_ = smoke
+  other = '--config.text.separator=def'
   flags = (f'--store={store}', f'--workdir={tmp_path}')
-  refuse('train', *flags, '--config.text.separator=def', match='separator=None')
+  refuse('train', *flags, other, match='separator=None')
+  flags = (f'--workdir={workdir}', '--config.eval.tokens=500')
+  refuse('evaluate', *flags, other, match='text.separator is None there')
 
 
 def test_the_same_model_may_lie_elsewhere(smoke, tmp_path):

@@ -14,17 +14,15 @@ from gsae_jax.training.tracking import Tracker, _Lines
 
 
 def events(folder):
-  """Scalars of a TensorBoard file, by the TFRecord format's own layout."""
+  """The events of a TensorBoard file, by the TFRecord format's own layout."""
   from tensorboardX.proto import event_pb2
 
   (path,) = folder.glob('events*')
-  raw, at, found = path.read_bytes(), 0, {}
+  raw, at, found = path.read_bytes(), 0, []
   while at < len(raw):
     (length,) = struct.unpack_from('<Q', raw, at)
-    event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + length])
+    found.append(event_pb2.Event.FromString(raw[at + 12 : at + 12 + length]))
     at += 16 + length
-    for value in event.summary.value:
-      found[value.tag, event.step] = value.simple_value
   return found
 
 
@@ -42,10 +40,20 @@ def test_scalars_reach_the_file_and_tensorboard(tmp_path):
     {'step': 1, 'tokens': 128, 'member': 'a', 'loss': 0.5},
     {'step': 2, 'tokens': 256, 'member': 'a', 'loss': 0.25},
   ]
-  assert events(tmp_path / 'tensorboard') == {
-    ('a/loss', 1): 0.5,
-    ('a/loss', 2): 0.25,
-  }
+  assert {
+    (value.tag, event.step): value.simple_value
+    for event in events(tmp_path / 'tensorboard')
+    for value in event.summary.value
+  } == {('a/loss', 1): 0.5, ('a/loss', 2): 0.25}
+
+
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
+  with Tracker(
+    str(tmp_path), resumed_at=5, writers=('tensorboard',), config={}
+  ):
+    pass
+  written = events(tmp_path / 'tensorboard')
+  assert [e.step for e in written if e.HasField('session_log')] == [6]
 
 
 def test_a_diverged_member_is_named(tmp_path):
@@ -83,19 +91,27 @@ def test_lines_on_storage_that_cannot_append_are_written_whole(tmp_path):
 
 
 def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
-  calls = []
+  calls, ids = [], []
   run = types.SimpleNamespace(
     log=lambda scalars, step: calls.append((step, scalars)),
     finish=lambda: calls.append('finish'),
   )
   fake = types.ModuleType('wandb')
-  fake.init = lambda **k: calls.append((k['name'], k['config'])) or run
+  fake.init = lambda **k: (
+    calls.append((k['name'], k['config'])) or (ids.append(k['id']) or run)
+  )
   monkeypatch.setitem(sys.modules, 'wandb', fake)
   with Tracker(
     str(tmp_path / 'run7'), resumed_at=0, writers=('wandb',), config={'seed': 1}
   ) as tracker:
     tracker.write(3, 0, {'a': {'loss': 0.5}})
   assert calls == [('run7', {'seed': 1}), (3, {'a/loss': 0.5}), 'finish']
+  for folder in ('run7', 'other/run7'):  # Only the same folder is the same run.
+    with Tracker(
+      str(tmp_path / folder), resumed_at=0, writers=('wandb',), config={}
+    ):
+      pass
+  assert ids[0] == ids[1] != ids[2]
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match="'wandb' is not installed; pip install"):
     Tracker(str(tmp_path / 'x'), resumed_at=0, writers=('wandb',), config={})
