@@ -49,8 +49,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.store.tokens = 1_000_000  # Rows per site.
   c.store.shard_rows = 16_384  # Unit of writing and resuming.
   c.store.chunk_rows = 16  # Unit of reading.
+  # Rows that harvest permutes together in host memory: as many as fit.
+  c.store.buffer_rows = 131_072
   c.store.dtype = 'float32'  # Or 'bfloat16'.
-  c.store.batch_contexts = 64  # Contexts per pass of the language model.
+  # With bfloat16, True takes a fixed mean off before the cast, and puts it back
+  # on when reading: the bits go to what differs between tokens.
+  c.store.centre = False
+  c.store.batch_contexts = 64  # Contexts per device and pass of the model.
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 6_000
@@ -82,6 +87,15 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.checkpoints_kept = config_dict.placeholder(int)  # None: all of them.
   c.train.log_every = 25
   c.train.writers = ('tensorboard',)  # And 'wandb'; metrics.jsonl is always.
+
+  c.loader = ml_collections.ConfigDict()
+  # 'memory' reads a small store once, and gives the same batches; 'stream' runs
+  # the language model while training, and needs no store.
+  c.loader.source = 'store'
+  c.loader.unit = 'chunk'  # 'shard' is better on object storage.
+  # Rows mixed in memory; the paper's buffer is of 10^6. For 'stream', all the
+  # mixing there is; from a store, a few batches' worth do.
+  c.loader.shuffle_rows = 16 * c.train.get_ref('batch_size')
 
   # The baseline has 1.5 times the features: equal training compute (4.1).
   c.saes = tuple(

@@ -5,18 +5,15 @@ from; here every field is required but the optional ones of a member.
 """
 
 import collections
-import collections.abc
 import dataclasses
-import difflib
-import json
+import itertools
 import math
-import types
-import typing
 from typing import Any
 
 import ml_collections
 
 from gsae_jax.errors import UserError
+from gsae_jax.parsing import parse_dataclass, plain
 from gsae_jax.sae import ARCHITECTURES
 
 
@@ -38,6 +35,13 @@ def _at_least(field: str, value: float, least: float) -> None:
   if value < least:
     raise UserError(
       f'config field {field}: {value!r} is too small; the least is {least}'
+    )
+
+
+def _multiple(field: str, value: int, of: str, unit: int) -> None:
+  if value % unit:
+    raise UserError(
+      f'config field {field}: {value} is not a multiple of {of}, {unit}'
     )
 
 
@@ -76,18 +80,40 @@ class StoreConfig:
   tokens: int
   shard_rows: int
   chunk_rows: int
+  buffer_rows: int
   dtype: str
+  centre: bool
   batch_contexts: int
 
   def __post_init__(self):
     _choice('store.dtype', self.dtype, ('float32', 'bfloat16'))
-    for name in ('tokens', 'shard_rows', 'chunk_rows', 'batch_contexts'):
+    sizes = ('tokens', 'chunk_rows', 'shard_rows', 'buffer_rows')
+    for name in (*sizes, 'batch_contexts'):
       _at_least(f'store.{name}', getattr(self, name), 1)
-    if self.shard_rows % self.chunk_rows:
-      raise UserError(
-        f'config field store.shard_rows: {self.shard_rows} is not a multiple '
-        f'of store.chunk_rows, {self.chunk_rows}'
+    for part, whole in itertools.pairwise(sizes[1:]):
+      _multiple(
+        f'store.{whole}',
+        getattr(self, whole),
+        f'store.{part}',
+        getattr(self, part),
       )
+    if self.centre and self.dtype == 'float32':
+      raise UserError(
+        'config field store.centre: it saves bits of bfloat16, and store.dtype '
+        'is float32; set one of the two'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+  source: str
+  unit: str
+  shuffle_rows: int
+
+  def __post_init__(self):
+    _choice('loader.source', self.source, ('store', 'memory', 'stream'))
+    _choice('loader.unit', self.unit, ('chunk', 'shard'))
+    _at_least('loader.shuffle_rows', self.shuffle_rows, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +217,7 @@ class Config:
   text: TextConfig
   sites: tuple[str, ...]
   store: StoreConfig
+  loader: LoaderConfig
   saes: tuple[MemberConfig, ...]
   train: TrainConfig
   eval: EvalConfig
@@ -229,12 +256,12 @@ class Config:
     ):
       del train[name]
     saes = {s.name: dataclasses.asdict(s) for s in self.saes}
-    return plain({'seed': self.seed, 'saes': saes, 'train': train})
-
-
-def plain(tree: Any) -> Any:
-  """The tree as JSON gives it back: tuples become lists."""
-  return json.loads(json.dumps(tree))
+    loader = dataclasses.asdict(self.loader)
+    if self.loader.source == 'memory':  # The same batches as from the store.
+      loader['source'] = 'store'
+    return plain(
+      {'seed': self.seed, 'saes': saes, 'train': train, 'loader': loader}
+    )
 
 
 def parse(raw: ml_collections.ConfigDict) -> Config:
@@ -248,55 +275,4 @@ def parse(raw: ml_collections.ConfigDict) -> Config:
       '--config: get_config() must return an ml_collections.ConfigDict, not '
       f'{type(raw).__name__}'
     )
-  return _parse_dataclass(Config, raw.to_dict(), '')
-
-
-def _parse_dataclass(cls, raw, prefix: str):
-  if not isinstance(raw, collections.abc.Mapping):
-    raise UserError(
-      f'config field {prefix.rstrip(".")} must be a group of fields, not {raw!r}'
-    )
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  for name in raw:
-    if name not in fields:
-      near = difflib.get_close_matches(name, fields, 1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise UserError(f'config field {prefix}{name} is unknown{hint}')
-  hints = typing.get_type_hints(cls)
-  values = {}
-  for name, field in fields.items():
-    if name in raw:
-      values[name] = _parse_value(hints[name], raw[name], f'{prefix}{name}')
-    elif field.default is dataclasses.MISSING:
-      raise UserError(
-        f'config field {prefix}{name} is missing; experiments/quickstart.py '
-        'has every field'
-      )
-  return cls(**values)
-
-
-def _parse_value(hint, value, name: str):
-  if dataclasses.is_dataclass(hint):
-    return _parse_dataclass(hint, value, f'{name}.')
-  if typing.get_origin(hint) is tuple:
-    if not isinstance(value, tuple | list):
-      raise UserError(f'config field {name} must be a tuple, not {value!r}')
-    (item, _) = typing.get_args(hint)
-    return tuple(
-      _parse_value(item, v, f'{name}[{i}]') for i, v in enumerate(value)
-    )
-  kinds = (hint,)
-  if isinstance(hint, types.UnionType):
-    kinds = typing.get_args(hint)
-  if value in ('None', 'none') and type(None) in kinds:
-    return None  # How a command line says it.
-  if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, kinds) or (
-    isinstance(value, bool) and bool not in kinds
-  ):
-    names = ' or '.join(
-      'None' if k is type(None) else k.__name__ for k in kinds
-    )
-    raise UserError(f'config field {name} must be {names}, not {value!r}')
-  return value
+  return parse_dataclass(Config, raw.to_dict(), '')

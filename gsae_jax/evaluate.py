@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import program
+from gsae_jax import paths, program
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import metrics, pareto, splice
@@ -129,26 +129,21 @@ def is_done(path: epath.Path, tokens: int) -> bool:
   return path.exists() and read_records(path)[0]['num_tokens'] == tokens
 
 
-def write_records(path: epath.Path, records: list[dict]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.parent / (path.name + '.part')
-  part.write_text(json.dumps(records, indent=1, allow_nan=False) + '\n')
-  part.replace(path)
-
-
 def evaluate_new(
   config: config_lib.Config, workdir: epath.Path, make, preempted
 ) -> bool:
   """Evaluates the checkpoints that wait for it; True if none is to come."""
   with Checkpoints(str(workdir), kept=None, read_only=True) as checkpoints:
     steps = checkpoints.steps()
-    paths = {step: workdir / 'eval' / f'step_{step}.json' for step in steps}
-    todo = [s for s in steps if not is_done(paths[s], config.eval.tokens)]
+    files = {step: workdir / 'eval' / f'step_{step}.json' for step in steps}
+    todo = [s for s in steps if not is_done(files[s], config.eval.tokens)]
     for step in tqdm.tqdm(todo, unit='checkpoint', disable=not todo):
       if preempted:
         return False
       evaluator = make(config, checkpoints.metadata(step))
-      write_records(paths[step], evaluate_step(evaluator, checkpoints, step))
+      records = evaluate_step(evaluator, checkpoints, step)
+      text = json.dumps(records, indent=1, allow_nan=False) + '\n'
+      paths.write_whole(files[step], text)
     if not steps:
       return False
     return checkpoints.metadata(steps[-1])['config']['train']['steps'] in steps
@@ -157,7 +152,7 @@ def evaluate_new(
 def main() -> int:
   config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
-  workdir = epath.Path(_WORKDIR.value).expanduser()
+  workdir = paths.workdir(_WORKDIR.value)
   made = []
 
   def make(*args):

@@ -2,23 +2,22 @@ r"""Fills an activation store from a language model.
 
   python -m gsae_jax.harvest --config=experiments/quickstart.py --store=DIR
 
-Started again, it skips the shards that are there. Exits 42 when preempted.
+Started again, it skips the shards that are there. Exits 42 when preempted. Run
+by several processes (--coordinator), each makes whole buffers of its own.
 """
 
 import dataclasses
 
 import jax
+import numpy as np
 import tqdm
 from absl import flags
 
 from gsae_jax import config as config_lib
-from gsae_jax import program
-from gsae_jax.activations.source import ShardSource
+from gsae_jax import processes, program
+from gsae_jax.activations import source as source_lib
 from gsae_jax.activations.writer import StoreWriter
-from gsae_jax.errors import UserError
-from gsae_jax.lm import text as text_lib
-from gsae_jax.lm.weights import LanguageModel, load_language_model
-from gsae_jax.mesh import make_mesh
+from gsae_jax.parsing import plain
 
 _CONFIG = program.define_config()
 _STORE = flags.DEFINE_string(
@@ -27,76 +26,93 @@ _STORE = flags.DEFINE_string(
 flags.mark_flags_as_required(['config', 'store'])
 
 
-def store_identity(
-  config: config_lib.Config, lm: LanguageModel, documents: text_lib.Documents
-) -> dict:
-  """Everything that determines a store's content, as plain data."""
-  text = dataclasses.asdict(config.text)
-  del text['path']  # The documents say it better.
-  store = dataclasses.asdict(config.store)
-  del store['batch_contexts']
-  return config_lib.plain(
-    {
-      'lm': lm.identity,
-      'text': text | {'documents': documents.digest},
-      'sites': config.sites,
-      'store': store,
-      'seed': config.seed,
-    }
-  )
-
-
-def main() -> int:
-  config = config_lib.parse(program.read_config(_CONFIG))
-  preempted = program.Preemption()
-  mesh = make_mesh(-1, 1)
-  if config.store.batch_contexts % jax.device_count():
-    raise UserError(
-      f'store.batch_contexts: {config.store.batch_contexts} is not divisible '
-      f'by {jax.device_count()} devices'
-    )
-  lm = load_language_model(**dataclasses.asdict(config.lm))
-  widths = {s: lm.module.config.check_site(s) for s in config.sites}
-  lm.check_context_length(config.text.context_length)
-  documents, contexts = text_lib.prepare(
-    dataclasses.asdict(config.text),
-    lm.tokenizer,
-    part='train',
-    rows=config.store.tokens,
-  )
-  writer = StoreWriter(
+def open_writer(
+  config: config_lib.Config,
+  source: source_lib.Source,
+  identity: dict,
+  provenance: dict,
+) -> StoreWriter:
+  """The writer of the store that a config describes."""
+  make_encodings = lambda: dict.fromkeys(config.sites)
+  if config.store.centre:
+    make_encodings = source.encodings
+  return StoreWriter(
     _STORE.value,
-    identity=store_identity(config, lm, documents),
-    provenance={
-      'lm_path': config.lm.path,
-      'lm_revision': config.lm.revision,
-      'text_path': config.text.path,
-    },
-    widths=widths,
+    identity=plain(identity),
+    provenance=provenance,
+    widths=source.widths,
     rows=config.store.tokens,
     shard_rows=config.store.shard_rows,
     chunk_rows=config.store.chunk_rows,
+    buffer_rows=config.store.buffer_rows,
     dtype=config.store.dtype,
+    make_encodings=make_encodings,
   )
-  source = ShardSource(
-    lm,
-    contexts,
-    sites=config.sites,
-    rows=config.store.tokens,
-    shard_rows=config.store.shard_rows,
-    batch_contexts=config.store.batch_contexts,
-    dtype=config.store.dtype,
-    seed=config.seed,
-    mesh=mesh,
-  )
-  with tqdm.tqdm(total=writer.rows, unit='tokens', unit_scale=True) as bar:
-    for i, rows in enumerate(writer.run(source)):
-      if i == 0:
-        bar.initial = rows
-      bar.update(rows)
-      if preempted and bar.n < writer.rows:
-        return program.PREEMPTED
-  print(f'{writer.rows} rows of {", ".join(widths)} in {_STORE.value}')
+
+
+def fill(
+  writer: StoreWriter, source: source_lib.Source, preempted: program.Preemption
+) -> None:
+  """Writes this process's share of what is missing, in step with the others."""
+  me, count = jax.process_index(), jax.process_count()
+  writer.missing[:] = processes.agreed(writer.missing.astype(np.int32))
+  todo = writer.missing_buffers()
+  # Buffer i is made by process i modulo their number, however many there are.
+  shares = [[b for b in todo if b % count == p] for p in range(count)]
+  there = writer.rows_of(np.flatnonzero(~writer.missing))
+  with tqdm.tqdm(
+    total=writer.rows, initial=there, unit='tokens', unit_scale=True,
+    mininterval=1.0, disable=me > 0,
+  ) as bar:  # fmt: skip
+
+    def show():
+      # Of the others it is known only that they are about as far.
+      bar.update(min(there + writer.rows_written * count, writer.rows) - bar.n)
+      used = bar.n * writer.row_bytes / 1e9
+      bar.set_postfix_str(
+        f'{used:.3g} of {writer.rows * writer.row_bytes / 1e9:.3g} GB',
+        refresh=False,
+      )
+
+    def tick():
+      show()
+      preempted.check()
+
+    for i in range(max(map(len, shares))):
+      with processes.together():
+        if i < len(shares[me]):
+          buffer = shares[me][i]
+          writer.put(buffer, source.buffer(buffer, writer.encodings, tick))
+    with processes.together():
+      writer.flush()
+    show()
+  if me == 0:
+    writer.finish()
+
+
+def main() -> int:
+  processes.initialize()
+  config = config_lib.parse(program.read_config(_CONFIG))
+  preempted = program.Preemption()
+  with processes.together():
+    source, identity, provenance = source_lib.open_source(
+      lm=dataclasses.asdict(config.lm),
+      text=dataclasses.asdict(config.text),
+      store=dataclasses.asdict(config.store),
+      sites=config.sites,
+      seed=config.seed,
+      devices=jax.local_devices(),
+    )
+  make = lambda: open_writer(config, source, identity, provenance)
+  # The first process makes the store, and the others find it there.
+  with processes.together():
+    writer = make() if jax.process_index() == 0 else None
+  with processes.together():
+    writer = writer or make()
+  with writer:
+    fill(writer, source, preempted)
+  if jax.process_index() == 0:
+    print(f'{writer.rows} rows of {", ".join(config.sites)} in {_STORE.value}')
   return 0
 
 

@@ -8,7 +8,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gsae_jax.errors import UserError
+from gsae_jax.errors import Preempted, UserError
 
 FAILED = 1
 PREEMPTED = 42
@@ -32,6 +32,11 @@ class Preemption:
 
   def __bool__(self) -> bool:
     return self._seen
+
+  def check(self) -> None:
+    """Raises Preempted once a signal has come."""
+    if self._seen:
+      raise Preempted
 
 
 def define_config() -> flags.FlagHolder:
@@ -60,18 +65,32 @@ def _last_line(error: Exception) -> str:
   return lines[-1] if lines else type(error).__name__
 
 
-def run(main: Callable[[], int | None]) -> None:
-  """Runs a command and exits with its code: 0, 1 or 42."""
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+def run(
+  main: Callable[..., int | None], arguments: tuple[str, ...] = ()
+) -> None:
+  """Runs a command and exits with its code: 0, 1 or 42.
+
+  Args:
+    main: gets the arguments that are not flags.
+    arguments: what those are called.
+  """
+  app.run(
+    lambda argv: _guarded(main, argv[1:], arguments), flags_parser=_parse_flags
+  )
 
 
-def _guarded(main: Callable[[], int | None], argv: list[str]) -> None:
+def _guarded(main, given: list[str], arguments: tuple[str, ...]) -> None:
   # Orbax tells of every save and restore; what goes wrong is raised.
   logging.set_verbosity(logging.ERROR)
   try:
-    if argv[1:]:
-      raise UserError(f'unexpected argument {argv[1]!r}; flags start with --')
-    sys.exit(main() or 0)
+    if given[len(arguments) :]:
+      extra = given[len(arguments)]
+      raise UserError(f'unexpected argument {extra!r}; flags start with --')
+    if len(given) < len(arguments):
+      raise UserError(f'{arguments[len(given)]} is missing; see --help')
+    sys.exit(main(*given) or 0)
+  except Preempted:
+    sys.exit(PREEMPTED)
   except UserError as e:
     _fail(e)
   except OSError as e:

@@ -6,9 +6,8 @@ Reads `eval/step_<N>.json` and `metrics.jsonl` and nothing else.
 """
 
 from absl import flags
-from etils import epath
 
-from gsae_jax import program
+from gsae_jax import paths, program
 from gsae_jax.evaluation import page
 from gsae_jax.evaluation.records import read_evaluations
 from gsae_jax.training.records import read_metrics
@@ -18,16 +17,14 @@ flags.mark_flag_as_required('workdir')
 
 
 def main() -> int:
-  workdir = epath.Path(_WORKDIR.value).expanduser()
+  workdir = paths.workdir(_WORKDIR.value)
   text = page.render(
-    '/'.join(workdir.absolute().parts[-2:]),
+    '/'.join(workdir.parts[-2:]),
     read_evaluations(workdir),
     read_metrics(workdir / 'metrics.jsonl'),
   )
   path = workdir / 'report.html'
-  part = workdir / 'report.html.part'
-  part.write_text(text)
-  part.replace(path)
+  paths.write_whole(path, text)
   print(path)
   return 0
 

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from gsae_jax import paths
 from gsae_jax.errors import UserError
 from gsae_jax.sae import ARCHITECTURES
 from gsae_jax.training.checkpoints import SCHEMA, Checkpoints
@@ -96,7 +97,7 @@ def load(path: str, step: int | None = None, member: str | None = None) -> SAE:
   Raises:
     UserError: there is nothing to load, or the choice is not clear.
   """
-  where = epath.Path(path).expanduser()
+  where = paths.workdir(path)
   if (where / 'sae.json').exists():
     return _load_exported(where)
   if where.parent.name == 'checkpoints' and where.name.isdigit():

@@ -4,26 +4,34 @@ r"""Trains the SAEs of a config from an activation store.
       --workdir=DIR
 
 Started again, it goes on from the latest checkpoint. Exits 42 when preempted.
+With loader.source='stream' there is no --store: the language model runs along.
 """
 
 import dataclasses
 
+import jax
 from absl import flags
 
 from gsae_jax import config as config_lib
 from gsae_jax import program
-from gsae_jax.activations.store import Store, open_store
+from gsae_jax.activations.loader import Loader
+from gsae_jax.activations.source import open_source
+from gsae_jax.activations.store import Store, check_site, open_store
+from gsae_jax.activations.stream import Stream
 from gsae_jax.errors import UserError
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.mesh import make_mesh
+from gsae_jax.parsing import plain
 from gsae_jax.training import checkpoints, loop
 
 _CONFIG = program.define_config()
-_STORE = flags.DEFINE_string('store', None, 'The activation store.')
+_STORE = flags.DEFINE_string(
+  'store', None, 'The activation store: a folder, gs:// or s3://.'
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Checkpoints and metrics: a folder or gs://.'
 )
-flags.mark_flags_as_required(['config', 'store', 'workdir'])
+flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def is_lm_of(store: Store, lm: config_lib.LMConfig) -> bool:
@@ -66,14 +74,69 @@ def check_store(config: config_lib.Config, store: Store) -> None:
       )
 
 
+def open_loader(config: config_lib.Config) -> Loader | Stream:
+  """What gives the batches that a config asks for, and their store.
+
+  Raises:
+    UserError: --store is missing or does not fit, or there is one too many.
+  """
+  settings = config.loader
+  sites = tuple(dict.fromkeys(m.site for m in config.saes))
+  if settings.source == 'stream':
+    return _open_stream(config, sites)
+  if _STORE.value is None:
+    raise UserError(
+      '--store is missing; give the one that gsae_jax.harvest wrote, or set '
+      "loader.source to 'stream'"
+    )
+  store = open_store(_STORE.value)
+  check_store(config, store)
+  for member in config.saes:
+    check_site(store, member.site, member.name)
+  return Loader(
+    store,
+    sites,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    unit=settings.unit,
+    shuffle_rows=settings.shuffle_rows,
+    in_memory=settings.source == 'memory',
+  )
+
+
+def _open_stream(config: config_lib.Config, sites: tuple[str, ...]) -> Stream:
+  if _STORE.value is not None:
+    raise UserError(
+      "loader.source: 'stream' makes activations anew; leave --store out"
+    )
+  store = dataclasses.asdict(config.store)
+  source, identity, provenance = open_source(
+    lm=dataclasses.asdict(config.lm),
+    text=dataclasses.asdict(config.text),
+    store=store | {'buffer_rows': config.loader.shuffle_rows},
+    sites=sites,
+    seed=config.seed,
+    devices=jax.local_devices(),
+  )
+  return Stream(
+    source,
+    identity=plain(identity),
+    provenance=provenance,
+    batch_size=config.train.batch_size,
+    centre=config.store.centre,
+    dtype=config.store.dtype,
+  )
+
+
 def main() -> int:
   config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
   mesh = make_mesh(config.mesh.data, config.mesh.model)
-  store = open_store(_STORE.value)
-  check_store(config, store)
+  loader = open_loader(config)
+  store = loader.store
   finished = loop.train(
     store,
+    loader,
     config.saes,
     config.train,
     mesh=mesh,
@@ -81,7 +144,7 @@ def main() -> int:
     workdir=_WORKDIR.value,
     metadata={
       'schema': checkpoints.SCHEMA,
-      'config': config_lib.plain(dataclasses.asdict(config)),
+      'config': plain(dataclasses.asdict(config)),
       'identity': config.identity(),
       'store': store.content_hash,
       'store_identity': store.identity,

@@ -11,18 +11,21 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / 'gsae_jax'
-PROGRAMS = {'harvest', 'train', 'evaluate', 'report'}
+PROGRAMS = {'harvest', 'train', 'evaluate', 'report', 'store'}
 
 # What each part may import of the package, beside itself and `errors`.
 ALLOWED = {
   'errors': set(),
   'program': set(),
+  'processes': set(),
+  'paths': set(),
+  'parsing': set(),
   'mesh': set(),
   'lm': set(),
   'activations': {'lm'},
   'sae': set(),
-  'config': {'sae'},
-  'training': {'activations', 'sae', 'config', 'mesh'},
+  'config': {'sae', 'parsing'},
+  'training': {'activations', 'sae', 'config', 'mesh', 'paths'},
   'evaluation': {'lm', 'sae', 'mesh'},
   'restore': {'sae', 'training'},
   '__init__': {'restore'},
@@ -71,7 +74,13 @@ def test_every_file_says_what_it_is_and_fits_one_sitting():
 
 
 @pytest.mark.parametrize(
-  'module', ['gsae_jax', 'gsae_jax.report', 'gsae_jax.activations.store']
+  'module',
+  [
+    'gsae_jax',
+    'gsae_jax.report',
+    'gsae_jax.store',
+    'gsae_jax.activations.store',
+  ],
 )
 def test_reports_and_stores_are_read_without_jax(module):
   code = (

@@ -295,7 +295,10 @@ def test_training_refuses_stores_and_workdirs_that_do_not_fit(smoke, tmp_path):
   )
   refuse('train', flags[0], '--workdir=/proc/no/run', match='--workdir: cannot')
   refuse(
-    'train', flags[0], '--workdir=s3://b/run', match='cannot be written to s3'
+    'train',
+    flags[0],
+    '--workdir=s3://b/run',
+    match='checkpoints cannot be on s3',
   )
   assert not (tmp_path / 'run').exists()
   assert (files(store), files(workdir)) == before

@@ -1,25 +1,39 @@
-"""Runs the language model to fill the shards of a store.
+"""Runs the language model to fill buffers of rows, for a store or a stream.
 
-Rows reach the store in a random order: contexts are permuted over the whole
-text, and rows within their shard. Both orders are functions of the seed, so
-that any shard can be made alone and made again.
+Rows come in a random order: contexts are permuted over the whole text, and rows
+within a buffer. Both orders are functions of the seed, so that any buffer can be
+made alone, by anybody, and made again.
 """
 
 import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gsae_jax.activations.store import Encoding
+from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.text import Contexts
-from gsae_jax.lm.weights import DTYPES, LanguageModel
+from gsae_jax.lm.weights import DTYPES, LanguageModel, load_language_model
+
+_PILOT_ROWS = 65_536  # Whose mean is removed before the cast to bfloat16.
 
 
-class ShardSource:
-  """Makes the shards of a store from contexts.
+def nothing() -> None:
+  """What is called between two passes of the model when nobody asks."""
+
+
+class Source:
+  """Makes buffers of rows from contexts.
 
   Attributes:
     sites: names of the sites, all filled in one pass over the model.
+    widths: D by site.
+    rows: N.
+    buffers: how many there are; the last may be shorter.
   """
 
   def __init__(
@@ -29,79 +43,231 @@ class ShardSource:
     *,
     sites: tuple[str, ...],
     rows: int,
-    shard_rows: int,
+    buffer_rows: int,
     batch_contexts: int,
     dtype: str,
     seed: int,
-    mesh: jax.sharding.Mesh,
+    devices: list[jax.Device],
+    epoch: int = 0,
   ):
-    """Plans the shards; nothing runs yet.
+    """Plans the buffers; nothing runs yet.
 
     Args:
       lm: the language model.
       contexts: at least `rows` of their positions are in the mask.
       sites: which activations to keep.
       rows: N.
-      shard_rows: rows of a shard.
-      batch_contexts: contexts per forward pass, a multiple of the mesh's
-        'data' axis.
-      dtype: the store's.
+      buffer_rows: rows that are permuted together, in host memory.
+      batch_contexts: contexts per device and forward pass. The numbers depend
+        on it in their last bits, and not on how many devices there are.
+      dtype: what rows are stored as.
       seed: of both orders.
-      mesh: contexts are spread over 'data'.
+      devices: each holds the model and takes its share of the contexts.
+      epoch: each has an order of its own; a store is the first.
     """
     self.sites = sites
+    self.widths = {s: lm.module.config.check_site(s) for s in sites}
+    self.rows = rows
+    self.buffer_rows = buffer_rows
+    self.buffers = -(-rows // buffer_rows)
+    self._dtype = np.dtype(DTYPES[dtype])
     self._contexts = contexts
-    self._rows = rows
-    self._shard_rows = shard_rows
-    self._batch = batch_contexts
     self._seed = seed
-    self._order_C = np.random.default_rng((seed, 0)).permutation(
-      len(contexts.ids_CL)
-    )
-    counts_C = contexts.mask_CL.sum(1)[self._order_C]
-    self._ends_C = np.cumsum(counts_C)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    mesh = Mesh(np.array(devices), ('data',))
+    self._batch = batch_contexts * len(devices)
     self._split = NamedSharding(mesh, PartitionSpec('data'))
-    self._params = jax.device_put(lm.params, replicated)
+    self._params = jax.device_put(
+      lm.params, NamedSharding(mesh, PartitionSpec())
+    )
+    self.set_epoch(epoch)
 
-    @functools.partial(jax.jit, out_shardings=self._split)
-    def forward(params, ids_BL):
+    @functools.partial(
+      jax.jit, static_argnames='dtype', out_shardings=self._split
+    )
+    def forward(params, ids_BL, encodings, dtype):
       _, taken = lm.module.apply(
         {'params': params}, ids_BL, sites=sites, logits=False
       )
-      return {site: taken[site].astype(DTYPES[dtype]) for site in sites}
+      out = {}
+      for site in sites:
+        x_BLD = taken[site]
+        if encodings[site] is not None:
+          mean_D, scale = encodings[site]
+          x_BLD = (x_BLD.astype(jnp.float32) - mean_D) / scale
+        out[site] = x_BLD.astype(dtype)
+      return out
 
     self.forward = forward
 
-  def __call__(self, shard: int) -> dict[str, np.ndarray]:
-    """The rows of one shard: the row arrays, and `[rows, D]` for every site."""
-    start = shard * self._shard_rows
-    stop = min(start + self._shard_rows, self._rows)
+  def set_epoch(self, epoch: int) -> None:
+    """Permutes the contexts anew."""
+    self.epoch = epoch
+    self._order_C = np.random.default_rng((self._seed, 0, epoch)).permutation(
+      len(self._contexts.ids_CL)
+    )
+    self._ends_C = np.cumsum(self._contexts.mask_CL.sum(1)[self._order_C])
+
+  def encodings(self) -> dict[str, Encoding]:
+    """Mean and scale of each site, from the first rows of the order."""
+    last = int(np.searchsorted(self._ends_C, min(_PILOT_ROWS, self.rows)))
+    chosen_C = self._order_C[: last + 1]
+    nothing_done = dict.fromkeys(self.sites)
+    sums = {site: np.zeros(width) for site, width in self.widths.items()}
+    squares = {site: np.zeros(width) for site, width in self.widths.items()}
+    count = 0
+    for mask_BL, taken in self._passes(chosen_C, nothing_done, jnp.float32):
+      count += int(mask_BL.sum())
+      for site, x_BLD in taken.items():
+        x_ND = x_BLD[mask_BL].astype(np.float64)
+        sums[site] += x_ND.sum(0)
+        squares[site] += (x_ND**2).sum(0)
+    encodings = {}
+    for site in self.sites:
+      mean_D = sums[site] / count
+      # Of a site that never changes there is nothing to scale.
+      variance = np.mean(squares[site] / count - mean_D**2) or 1.0
+      encodings[site] = Encoding(
+        mean_D=mean_D.astype(np.float32),
+        scale=np.float32(2.0 ** np.round(np.log2(variance) / 2)),
+      )
+    return encodings
+
+  def _passes(
+    self, chosen_C: np.ndarray, encodings, dtype, tick=nothing
+  ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields mask and activations of one batch after the other.
+
+    The next pass runs while the last one's activations are being used.
+    """
+    plain = {
+      site: e and (e.mean_D, np.float32(e.scale))
+      for site, e in encodings.items()
+    }
+
+    def start(i):
+      ids_BL = self._contexts.ids_CL[chosen_C[i : i + self._batch]]
+      missing = self._batch - len(ids_BL)
+      ids_BL = np.pad(ids_BL, ((0, missing), (0, 0)))
+      ids_BL = jax.device_put(ids_BL, self._split)
+      return self.forward(self._params, ids_BL, plain, dtype=dtype)
+
+    running = start(0)
+    for i in range(0, len(chosen_C), self._batch):
+      tick()
+      taken = running
+      if i + self._batch < len(chosen_C):
+        running = start(i + self._batch)
+      mask_BL = self._contexts.mask_CL[chosen_C[i : i + self._batch]]
+      yield (
+        mask_BL,
+        {k: v[: len(mask_BL)] for k, v in jax.device_get(taken).items()},
+      )
+
+  def buffer(
+    self,
+    number: int,
+    encodings: Mapping[str, Encoding | None],
+    tick: Callable[[], None] = nothing,
+  ) -> dict[str, np.ndarray]:
+    """The rows of one buffer: the row arrays, and `[rows, D]` for every site.
+
+    Args:
+      number: of the buffer.
+      encodings: how each site's rows are encoded.
+      tick: called before each pass of the model; may raise, to leave.
+    """
+    start = number * self.buffer_rows
+    stop = min(start + self.buffer_rows, self.rows)
     first = int(np.searchsorted(self._ends_C, start, side='right'))
     last = int(np.searchsorted(self._ends_C, stop, side='left'))
     chosen_C = self._order_C[first : last + 1]
     before = int(self._ends_C[first - 1]) if first else 0
-    # A context that straddles two shards runs in both.
-    keep = np.arange(start - before, stop - before)
-    keep = np.random.default_rng((self._seed, 1, shard)).permutation(keep)
     mask_CL = self._contexts.mask_CL[chosen_C]
-    positions_CL = np.broadcast_to(
-      np.arange(mask_CL.shape[1], dtype=np.int32), mask_CL.shape
-    )
-    values = {
-      'token_ids': self._contexts.ids_CL[chosen_C][mask_CL][keep],
-      'positions': positions_CL[mask_CL][keep],
-      'special': self._contexts.special_CL[chosen_C][mask_CL][keep],
-    }
-    parts = {site: [] for site in self.sites}
-    for i in range(0, len(chosen_C), self._batch):
-      ids_BL = self._contexts.ids_CL[chosen_C[i : i + self._batch]]
-      mask_BL = mask_CL[i : i + self._batch]
-      missing = self._batch - len(ids_BL)
-      ids_BL = np.pad(ids_BL, ((0, missing), (0, 0)))
-      taken = self.forward(self._params, jax.device_put(ids_BL, self._split))
-      for site, x_BLD in jax.device_get(taken).items():
-        parts[site].append(x_BLD[: len(mask_BL)][mask_BL])
-    for site in self.sites:
-      values[site] = np.concatenate(parts[site])[keep]
+    # Where each usable position goes. A context that straddles two buffers runs
+    # for both; what belongs to the other goes nowhere.
+    keep = slice(start - before, stop - before)
+    rng = np.random.default_rng((self._seed, 1, self.epoch, number))
+    place_N = rng.permutation(stop - start)
+    shape = mask_CL.shape
+    positions_CL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    contexts_CL = np.broadcast_to(chosen_C.astype(np.int32)[:, None], shape)
+    values = {}
+    for name, source_CL in (
+      ('token_ids', self._contexts.ids_CL[chosen_C]),
+      ('positions', positions_CL),
+      ('context_ids', contexts_CL),
+      ('document_ids', self._contexts.documents_CL[chosen_C]),
+      ('special', self._contexts.special_CL[chosen_C]),
+    ):
+      values[name] = np.empty(stop - start, source_CL.dtype)
+      values[name][place_N] = source_CL[mask_CL][keep]
+    for site, width in self.widths.items():
+      values[site] = np.empty((stop - start, width), self._dtype)
+    at = -keep.start  # Of the batch's first row, before the permutation.
+    for mask_BL, taken in self._passes(chosen_C, encodings, self._dtype, tick):
+      rows = int(mask_BL.sum())
+      mine = slice(max(at, 0), min(at + rows, stop - start))
+      for site, x_BLD in taken.items():
+        x_ND = x_BLD[mask_BL][mine.start - at : mine.stop - at]
+        values[site][place_N[mine]] = x_ND
+      at += rows
     return values
+
+
+def open_source(
+  *,
+  lm: dict[str, Any],
+  text: dict[str, Any],
+  store: dict[str, Any],
+  sites: tuple[str, ...],
+  seed: int,
+  devices: list[jax.Device],
+) -> tuple[Source, dict[str, Any], dict[str, Any]]:
+  """The source that a config describes.
+
+  Args:
+    lm: arguments of `load_language_model`.
+    text: of `text.prepare`.
+    store: the config's fields `store.*`.
+    sites: names of the sites.
+    seed: of the order of rows.
+    devices: to run on.
+
+  Returns:
+    the source, the identity of what it makes (everything that determines it, as
+    plain data), and its provenance.
+  """
+  model = load_language_model(**lm)
+  for site in sites:  # Before the text is read.
+    model.module.config.check_site(site)
+  model.check_context_length(text['context_length'])
+  documents, contexts = text_lib.prepare(
+    text, model.tokenizer, part='train', rows=store['tokens']
+  )
+  # The documents say better than the path what the text is.
+  policy = {k: v for k, v in text.items() if k != 'path'}
+  kept = {k: v for k, v in store.items() if k != 'batch_contexts'}
+  identity = {
+    'lm': model.identity,
+    'text': policy | {'documents': documents.digest},
+    'sites': list(sites),
+    'store': kept,
+    'seed': seed,
+  }
+  provenance = {
+    'lm_path': lm['path'],
+    'lm_revision': lm['revision'],
+    'text_path': text['path'],
+  }
+  source = Source(
+    model,
+    contexts,
+    sites=sites,
+    rows=store['tokens'],
+    buffer_rows=store['buffer_rows'],
+    batch_contexts=store['batch_contexts'],
+    dtype=store['dtype'],
+    seed=seed,
+    devices=devices,
+  )
+  return source, identity, provenance

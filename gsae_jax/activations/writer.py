@@ -1,23 +1,35 @@
 """Writes a store shard by shard; started again, it goes on where it was."""
 
-from collections.abc import Callable, Iterator, Mapping
+import concurrent.futures
+import shutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from gsae_jax.activations import layout
+from gsae_jax.activations import shards as shards_lib
 from gsae_jax.activations import store as store_lib
+from gsae_jax.activations.shards import RECORDS
+from gsae_jax.activations.store import Encoding
 from gsae_jax.errors import UserError
 
-Shard = Mapping[str, np.ndarray]
+_CHECKED_AT_ONCE = 64  # Shards; a few small reads each.
 
 
 class StoreWriter:
   """Writes the shards of one store.
 
-  A shard is finished when every array holds it: files appear whole, and
-  `make_shard` gives the same rows each time, so that writing an interrupted
-  shard again is harmless.
+  A shard is finished when its record is there, which is written last. Files
+  appear whole, and a shard has the same rows whoever makes it, so that writing
+  one again, or twice at the same time, is harmless.
+
+  Attributes:
+    encodings: how each site is stored.
+    missing: bool `[shards]`, those that are still to be written.
+    rows_written: by this writer, so far.
+    row_bytes: over all arrays.
   """
 
   def __init__(
@@ -30,7 +42,9 @@ class StoreWriter:
     rows: int,
     shard_rows: int,
     chunk_rows: int,
+    buffer_rows: int,
     dtype: str,
+    make_encodings: Callable[[], dict[str, Encoding | None]],
   ):
     """Opens or creates the store.
 
@@ -42,133 +56,252 @@ class StoreWriter:
       rows: N; the last shard holds what is left over.
       shard_rows: rows of a shard.
       chunk_rows: rows of an inner chunk, a divisor of `shard_rows`.
+      buffer_rows: rows that are made together, a multiple of `shard_rows`.
       dtype: 'bfloat16' or 'float32'.
+      make_encodings: how to store each site; asked only when the store is new,
+        because they are part of it.
 
     Raises:
       UserError: another store is there, or the place cannot be written.
     """
     self.path = path
-    self.shards = -(-rows // shard_rows)
     self.rows = rows
-    self.shard_rows = shard_rows
-    self._widths = dict(widths)
+    self.shards = -(-rows // shard_rows)
+    self.rows_written = 0
+    self._shard_rows = shard_rows
+    self._chunk_rows = chunk_rows
+    self._per_buffer = buffer_rows // shard_rows
     self._provenance = provenance
     self._header = {
-      'schema': store_lib.SCHEMA,
+      'schema': layout.SCHEMA,
       'identity': identity,
-      'content_hash': store_lib.content_hash(identity),
+      'content_hash': layout.content_hash(identity),
       'rows': rows,
       'shard_rows': shard_rows,
       'chunk_rows': chunk_rows,
       'dtype': dtype,
+      'widths': dict(widths),
     }
+    self.row_bytes = layout.row_bytes(self._header)
     try:
-      self._check_or_write_manifest()
+      self._kv = layout.open_kvstore(path)
+      manifest = self._claim(make_encodings)
+      self.encodings = store_lib.encodings_of(manifest)
       self._arrays = {
-        name: ts.open(
-          store_lib.array_spec(
-            path, name, shape=shape, dtype=kind, shard=shard, chunk=chunk
-          ),
-          create=True,
-          open=True,
-        ).result()
-        for name, shape, kind, shard, chunk in self._layout(dtype, chunk_rows)
+        name: ts.open(spec, create=True, open=True).result()
+        for name, spec in layout.array_specs(path, self._header).items()
       }
+      self.missing = self._find_missing()
+      if self.missing.any() and 'sites' in manifest:
+        self._write_manifest({})  # Unfinished again, until they are there.
     except UserError:
       raise
     except (ValueError, OSError) as e:
-      # TensorStore's errors go on to list the spec; the first clause says why.
       raise UserError(
-        f'--store: cannot write {path}: {str(e).split(" [")[0]}'
+        f'--store: cannot write {path}: {layout.reason(e)}'
       ) from e
+    self._check_space()
+    self._writing: list[concurrent.futures.Future] = []
+    # Of two, one computes sums while the other waits for the disk.
+    self._threads = concurrent.futures.ThreadPoolExecutor(2, 'store-writer')
 
-  def _layout(self, dtype: str, chunk: int):
-    shard = self.shard_rows
-    for name, kind in store_lib.ROW_ARRAYS.items():
-      yield name, [self.rows], kind, shard, chunk
-    for site, width in self._widths.items():
-      yield f'{site}/activations', [self.rows, width], dtype, shard, chunk
-      yield f'{site}/shard_sums', [self.shards, width], 'float64', 1, 1
-      yield f'{site}/shard_squares', [self.shards], 'float64', 1, 1
+  def __enter__(self):
+    return self
 
-  def _check_or_write_manifest(self) -> None:
-    manifest = store_lib.read_manifest(self.path)
+  def __exit__(self, *unused):
+    """Finishes the shards in hand and drops those that wait."""
+    self._threads.shutdown(cancel_futures=True)
+
+  def _claim(self, make_encodings) -> dict[str, Any]:
+    """The manifest of this store; written, if the place is free."""
+    manifest = layout.read_manifest(self.path)
     if manifest is None:
-      store_lib.write_manifest(self.path, self._manifest())
-      return
-    store_lib.check_schema(self.path, manifest)
-    want = {k: v for k, v in self._header.items() if k != 'content_hash'}
-    have = {k: manifest.get(k) for k in want}
-    different = store_lib.differences(have, want)
+      encodings = {
+        site: e and {'mean': e.mean_D.tolist(), 'scale': float(e.scale)}
+        for site, e in make_encodings().items()
+      }
+      self._header['encodings'] = encodings
+      self._write_manifest({}, only_first=True)
+      # Somebody else may have been quicker.
+      manifest = layout.read_manifest(self.path)
+    want = {
+      k: v
+      for k, v in self._header.items()
+      if k not in ('content_hash', 'encodings')
+    }
+    different = store_lib.differences({k: manifest.get(k) for k in want}, want)
     if different:
       raise UserError(
         f'--store: {self.path} holds another store ({different[0]}); give '
         'another folder'
       )
+    self._header['encodings'] = manifest['encodings']
+    return manifest
 
-  def finished(self) -> set[int]:
-    """Shards that every array holds already."""
-    found = []
-    for name in self._arrays:
-      kv = ts.KvStore.open(store_lib.kvstore_spec(self.path, name)).result()
-      keys = (key.decode().split('/') for key in kv.list().result())
-      # Keys are c/<shard>/0 or c/<shard>; a killed writer leaves lock files.
-      found.append(
-        {
-          int(k[1])
-          for k in keys
-          if k[0] == 'c' and all(map(str.isdigit, k[1:]))
-        }
-      )
-    return set.intersection(*found)
+  def _find_missing(self) -> np.ndarray:
+    """Bool `[shards]`: not there, or not as it was written.
 
-  def write(self, shard: int, values: Shard) -> None:
-    """Writes one shard: the row arrays, and `[rows, D]` for every site."""
-    start = shard * self.shard_rows
-    stop = min(start + self.shard_rows, self.rows)
-    futures = []
-    for name in store_lib.ROW_ARRAYS:
-      futures.append(self._arrays[name][start:stop].write(values[name]))
-    for site in self._widths:
-      x_ND = values[site]
-      x64_ND = x_ND.astype(np.float64)
-      arrays = (
-        ('activations', slice(start, stop), x_ND),
-        ('shard_sums', shard, x64_ND.sum(0)),
-        ('shard_squares', shard, (x64_ND**2).sum()),
-      )
-      for name, where, value in arrays:
-        futures.append(self._arrays[f'{site}/{name}'][where].write(value))
-    for future in futures:
-      future.result()
-
-  def run(self, make_shard: Callable[[int], Shard]) -> Iterator[int]:
-    """Writes what is missing, then the statistics; yields rows written.
-
-    The first number is of the rows that were there already.
+    Of a shard that is there only the first chunk of each array is read, which
+    tells lost, truncated and foreign files; `gsae_jax.store verify` reads all.
     """
-    done = self.finished()
-    yield sum(map(self._rows_of, done))
-    for shard in range(self.shards):
-      if shard not in done:
-        self.write(shard, make_shard(shard))
-        yield self._rows_of(shard)
-    self._finish()
+    found = shards_lib.listed(self._kv, self._arrays)
+    there = sorted(set.intersection(*found.values()) & set(range(self.shards)))
+    missing = np.ones(self.shards, bool)
+    foreign = 0
+    for i in range(0, len(there), _CHECKED_AT_ONCE):
+      started = [
+        (s, self._start_check(s)) for s in there[i:][:_CHECKED_AT_ONCE]
+      ]
+      for shard, (record, chunks) in started:
+        try:
+          record = shards_lib.read_record(
+            record.result().value, self._header['content_hash'], shard
+          )
+        except shards_lib.ForeignShard:
+          foreign += 1
+          continue
+        except ValueError:
+          continue
+        missing[shard] = any(
+          shards_lib.check_rows(record, name, rows, chunk_rows=self._chunk_rows)
+          for name, rows in chunks.items()
+        )
+    if foreign and foreign == len(there):
+      raise UserError(
+        f'--store: the manifest at {self.path} is of this harvest, but every '
+        'shard there is of another store; move them away, or give another '
+        'folder'
+      )
+    return missing
 
-  def _rows_of(self, shard: int) -> int:
-    return min(self.shard_rows, self.rows - shard * self.shard_rows)
+  def _start_check(self, shard: int):
+    start, stop = self._bounds(shard)
+    stop = min(start + self._chunk_rows, stop)
+    return self._kv.read(shards_lib.shard_key(RECORDS, shard)), {
+      name: array[start:stop].read() for name, array in self._arrays.items()
+    }
 
-  def _finish(self) -> None:
-    sites = {}
-    for site, width in self._widths.items():
-      sums_D = self._arrays[f'{site}/shard_sums'].read().result().sum(0)
-      squares = self._arrays[f'{site}/shard_squares'].read().result().sum()
-      sites[site] = {
-        'width': width,
-        'mean': (sums_D / self.rows).tolist(),
-        'mean_squared_norm': float(squares / self.rows),
+  def _bounds(self, shard: int) -> tuple[int, int]:
+    start = shard * self._shard_rows
+    return start, min(start + self._shard_rows, self.rows)
+
+  def rows_of(self, shards) -> int:
+    return sum(stop - start for start, stop in map(self._bounds, shards))
+
+  def _check_space(self) -> None:
+    if '://' in self.path:
+      return
+    need = self.rows_of(np.flatnonzero(self.missing)) * self.row_bytes
+    free = shutil.disk_usage(layout.kvstore_spec(self.path)['path']).free
+    if need > free:
+      raise UserError(
+        f'--store: {self.path} has {free / 1e9:.2f} GB free, and the shards '
+        f'still to be written take {need / 1e9:.2f} GB; ask for fewer '
+        'store.tokens or give another disk'
+      )
+
+  def missing_buffers(self) -> list[int]:
+    """Buffers with a missing shard, ascending."""
+    return sorted(
+      set((np.flatnonzero(self.missing) // self._per_buffer).tolist())
+    )
+
+  def put(self, buffer: int, values: Mapping[str, np.ndarray]) -> None:
+    """Starts writing the missing shards of a buffer.
+
+    Waits for the buffer before it, so that there are two in memory at most.
+
+    Args:
+      buffer: its number.
+      values: its rows: the row arrays, and `[rows, D]` for every site, encoded.
+        They must not be changed any more.
+
+    Raises:
+      UserError: the buffer before it could not be written.
+    """
+    self.flush()
+    first = buffer * self._per_buffer
+    offset = first * self._shard_rows
+    for shard in range(first, min(first + self._per_buffer, self.shards)):
+      if self.missing[shard]:
+        start, stop = self._bounds(shard)
+        part = slice(start - offset, stop - offset)
+        named = {
+          name if name in layout.ROW_ARRAYS else f'{name}/activations': v[part]
+          for name, v in values.items()
+        }
+        task = self._threads.submit(self._write, shard, named)
+        self._writing.append(task)
+
+  def flush(self) -> None:
+    """Waits until everything that was put is on storage.
+
+    Raises:
+      UserError: something could not be written.
+    """
+    for task in self._writing:
+      task.result()
+    self._writing.clear()
+
+  def _write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
+    start, stop = self._bounds(shard)
+    try:
+      futures = [
+        self._arrays[name][start:stop].write(
+          v, can_reference_source_data_indefinitely=True
+        )
+        for name, v in values.items()
+      ]
+      record = shards_lib.make_record(values, self.encodings, self._chunk_rows)
+      for future in futures:
+        future.result()
+      raw = record.to_json(self._header['content_hash'], shard)
+      self._kv.write(shards_lib.shard_key(RECORDS, shard), raw).result()
+    except (ValueError, OSError) as e:
+      raise UserError(
+        f'--store: cannot write shard {shard} of {self.path}: '
+        f'{layout.reason(e)}; what is finished stays, and the same command '
+        'goes on from there'
+      ) from e
+    self.missing[shard] = False
+    self.rows_written += stop - start
+
+  def finish(self) -> None:
+    """Writes the statistics into the manifest, when every shard is there."""
+    found = shards_lib.listed(self._kv, [])[RECORDS]
+    if not found >= set(range(self.shards)):
+      raise UserError(
+        f'--store: {self.path} lacks shards that other processes were to '
+        'write; run the same gsae_jax.harvest command again'
+      )
+    widths = self._header['widths']
+    sums = {site: np.zeros(width) for site, width in widths.items()}
+    squares = dict.fromkeys(widths, 0.0)
+    for i in range(0, self.shards, _CHECKED_AT_ONCE):
+      numbers = range(i, min(i + _CHECKED_AT_ONCE, self.shards))
+      reads = [self._kv.read(shards_lib.shard_key(RECORDS, s)) for s in numbers]
+      for shard, read in zip(numbers, reads, strict=True):
+        record = shards_lib.read_record(
+          read.result().value, self._header['content_hash'], shard
+        )
+        for site in widths:
+          sums[site] += record.sums[site]
+          squares[site] += record.squares[site]
+    self._write_manifest(
+      {
+        'sites': {
+          site: {
+            'mean': (sums[site] / self.rows).tolist(),
+            'mean_squared_norm': squares[site] / self.rows,
+          }
+          for site in widths
+        }
       }
-    store_lib.write_manifest(self.path, self._manifest() | {'sites': sites})
+    )
 
-  def _manifest(self) -> dict[str, Any]:
-    return self._header | {'provenance': self._provenance}
+  def _write_manifest(self, more: dict[str, Any], *, only_first=False) -> None:
+    layout.write_manifest(
+      self.path,
+      self._header | {'provenance': self._provenance} | more,
+      only_first=only_first,
+    )

@@ -7,16 +7,15 @@ split without talking to each other.
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from gsae_jax.errors import UserError
+from gsae_jax.lm.tokenizer import Tokenizer
 
 # Tables and generated code: long runs of literals that teach nothing of Python.
 # Test suites and site-packages are not in every installation.
@@ -48,86 +47,13 @@ class Contexts:
     mask_CL: `[contexts, context_length]` bool: the positions that count, in
       harvest, training and evaluation alike.
     special_CL: the same shape, True where the token is a special one.
+    documents_CL: the same shape, uint64: `document_id` of each token's text.
   """
 
   ids_CL: np.ndarray
   mask_CL: np.ndarray
   special_CL: np.ndarray
-
-
-class Tokenizer:
-  """A `tokenizer.json` with the ids of its special tokens.
-
-  Attributes:
-    bos_id: id of the beginning-of-text token, or None.
-    special_ids: sorted ids of every token marked special.
-    digest: SHA-256 of the file.
-    largest_id: of all tokens; ids may leave gaps.
-  """
-
-  def __init__(self, folder: str):
-    path = os.path.join(folder, 'tokenizer.json')
-    if not os.path.exists(path):
-      raise UserError(
-        f'lm.path: {folder} has no tokenizer.json; save one there with '
-        "transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
-      )
-    with open(path, 'rb') as f:
-      raw = f.read()
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
-    except Exception as e:  # The Rust library raises bare Exception.
-      raise UserError(f'lm.path: {path} is not a tokenizer: {e}') from e
-    self.digest = hashlib.sha256(raw).hexdigest()
-    self.largest_id = max(self._tokenizer.get_vocab().values())
-    added = self._tokenizer.get_added_tokens_decoder()
-    self.special_ids = tuple(sorted(i for i, t in added.items() if t.special))
-    self.bos_id = self._bos_id(folder)
-
-  def _bos_id(self, folder: str) -> int | None:
-    for name, key in (
-      ('tokenizer_config.json', 'bos_token'),
-      ('config.json', 'bos_token_id'),
-    ):
-      path = os.path.join(folder, name)
-      if os.path.exists(path):
-        value = read_json(path).get(key)
-        if isinstance(value, dict):  # An AddedToken written out.
-          value = value['content']
-        if isinstance(value, str):
-          value = self._tokenizer.token_to_id(value)
-        if value is not None:  # Id 0 is a token like any other.
-          return value
-    return None
-
-  def encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens around it."""
-    encodings = self._tokenizer.encode_batch_fast(
-      list(texts), add_special_tokens=False
-    )
-    return [e.ids for e in encodings]
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return self._tokenizer.decode(list(ids))
-
-
-def read_json(path: str) -> dict[str, Any]:
-  """The object in a JSON file of a model folder.
-
-  Raises:
-    UserError: there is no such file, or it holds something else.
-  """
-  try:
-    with open(path) as f:
-      value = json.load(f)
-  except FileNotFoundError as e:
-    folder, name = os.path.split(path)
-    raise UserError(f'lm.path: {folder} has no {name}') from e
-  except ValueError as e:
-    raise UserError(f'lm.path: {path} is not JSON ({e})') from e
-  if not isinstance(value, dict):
-    raise UserError(f'lm.path: {path} is not a JSON object')
-  return value
+  documents_CL: np.ndarray
 
 
 def prepare(
@@ -196,6 +122,11 @@ def _files(path: str) -> list[str]:
   return sorted(files)
 
 
+def document_id(text: str) -> int:
+  """The first 8 bytes of the text's SHA-256, by which a store names it."""
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
 def split(documents: Documents, held_out: float, part: str) -> tuple[str, ...]:
   """The documents of one part, 'train' or 'held_out'.
 
@@ -251,7 +182,7 @@ def pack(
   contexts = []
   counted = 0
   special_ids = np.array(tokenizer.special_ids, np.int32)
-  for piece in pieces(
+  for piece, documents in pieces(
     texts,
     tokenizer,
     context_length=context_length,
@@ -260,7 +191,7 @@ def pack(
   ):
     special = np.isin(piece, special_ids)
     mask = ~special if special_tokens == 'drop' else np.ones_like(special)
-    contexts.append((piece, mask, special))
+    contexts.append((piece, mask, special, documents))
     counted += int(mask.sum())
     if counted >= rows:
       break
@@ -280,26 +211,38 @@ def pieces(
   context_length: int,
   packing: str,
   prepend_bos: bool,
-) -> Iterator[np.ndarray]:
-  """Yields int32 contexts, every one full; the arguments are those of `pack`."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields int32 contexts, every one full, and the documents of their tokens.
+
+  The arguments are those of `pack`.
+  """
   if prepend_bos and tokenizer.bos_id is None:
     raise UserError(
       'text.prepend_bos: the tokenizer names no bos_token; set it to False'
     )
   bos = [np.int32(tokenizer.bos_id)] if prepend_bos else []
-  tail = np.zeros(0, np.int32)
+  tail, sources = np.zeros(0, np.int32), np.zeros(0, np.uint64)
   for start in range(0, len(texts), 64):  # Batches use every core.
-    for ids in tokenizer.encode(texts[start : start + 64]):
+    batch = texts[start : start + 64]
+    for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
       tail = np.concatenate([tail, bos, ids]).astype(np.int32)
+      source = np.uint64(document_id(text))
+      sources = np.pad(
+        sources, (0, len(tail) - len(sources)), constant_values=source
+      )
       at = 0
       while True:
         begins = bos if at < len(tail) and tail[at] != tokenizer.bos_id else []
         take = context_length - len(begins)
         if len(tail) - at < take:
-          tail = tail[at:]
+          tail, sources = tail[at:], sources[at:]
           break
-        yield np.concatenate([begins, tail[at : at + take]]).astype(np.int32)
+        yield (
+          np.concatenate([begins, tail[at : at + take]]).astype(np.int32),
+          # A BOS in front belongs to the text that goes on behind it.
+          np.pad(sources[at : at + take], (len(begins), 0), mode='edge'),
+        )
         at += take
         if packing == 'documents':
-          tail = tail[:0]
+          tail, sources = tail[:0], sources[:0]
           break

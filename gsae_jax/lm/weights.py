@@ -15,7 +15,7 @@ import safetensors
 
 from gsae_jax.errors import UserError
 from gsae_jax.lm.families import FAMILIES
-from gsae_jax.lm.text import Tokenizer, read_json
+from gsae_jax.lm.tokenizer import Tokenizer, read_json
 from gsae_jax.lm.transformer import Transformer
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}

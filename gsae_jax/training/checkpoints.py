@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
+from gsae_jax import paths
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 
@@ -36,14 +36,7 @@ class Checkpoints:
     Raises:
       UserError: the place cannot be read or written, or is on s3://.
     """
-    if workdir.startswith('s3://'):
-      raise UserError(
-        f'--workdir: {workdir}: checkpoints cannot be written to s3://; give '
-        'a local folder or gs://'
-      )
-    self.path = epath.Path(workdir).expanduser() / 'checkpoints'
-    if '://' not in workdir:
-      self.path = self.path.absolute()
+    self.path = paths.workdir(workdir) / 'checkpoints'
     if read_only and not self.path.exists():
       raise UserError(
         f'--workdir: no checkpoints at {self.path}; run gsae_jax.train first'

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import Store
+from gsae_jax.activations.stream import Stream
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.training import checkpoints
 from gsae_jax.training import state as state_lib
@@ -24,6 +25,7 @@ from gsae_jax.training.tracking import Tracker, diverged
 
 def train(
   store: Store,
+  loader: Loader | Stream,
   members: tuple[MemberConfig, ...],
   settings: TrainConfig,
   *,
@@ -36,7 +38,8 @@ def train(
   """Trains the members, from the latest checkpoint if there is one.
 
   Args:
-    store: where the activations are.
+    store: what is known of the activations.
+    loader: gives them; every member's site.
     members: the SAEs.
     settings: the run's.
     mesh: 'data' splits rows and 'model' features.
@@ -50,8 +53,6 @@ def train(
     True when the run is complete, False when it was preempted.
   """
   run = build_members(members, settings, store, mesh, seed)
-  sites = tuple(dict.fromkeys(m.site for m in members))
-  loader = Loader(store, sites, batch_size=settings.batch_size, seed=seed)
   key = jax.device_put(
     jax.random.key_data(jax.random.key(seed)), NamedSharding(mesh, P())
   )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.activations.loader import Loader
+from gsae_jax.activations.stream import Stream
 from gsae_jax.config import TrainConfig
 from gsae_jax.training.members import Member
 from gsae_jax.training.state import MemberState
@@ -95,7 +96,7 @@ _resample = jax.jit(resample, static_argnames='encoder')
 
 def resample_members(
   run: list[Member],
-  loader: Loader,
+  loader: Loader | Stream,
   settings: TrainConfig,
   step: int,
   entropy: tuple[int, ...],

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import tempfile
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from gsae_jax import paths
 from gsae_jax.errors import UserError
 from gsae_jax.training.records import read_metrics
 
@@ -35,13 +37,12 @@ class Tracker:
     self._writers = []
     if jax.process_index():
       return
-    folder = epath.Path(workdir).expanduser()
+    folder = paths.workdir(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     if 'tensorboard' in writers:
-      place = os.fspath(folder / 'tensorboard')
-      self._writers.append(_TensorBoard(place, resumed_at))
+      self._writers.append(_TensorBoard(folder / 'tensorboard', resumed_at))
     if 'wandb' in writers:
-      self._writers.append(_Wandb(folder.absolute(), config))
+      self._writers.append(_Wandb(folder, config))
     path = folder / 'metrics.jsonl'
     # The event of a step comes behind its checkpoint, and will come again.
     kept = [
@@ -49,7 +50,7 @@ class Tracker:
       for r in read_metrics(path)
       if r['step'] + ('resampled' in r) <= resumed_at
     ]
-    self._file = _Lines(path, kept, append='://' not in workdir)
+    self._file = _Lines(path, kept)
 
   def __enter__(self):
     return self
@@ -81,6 +82,8 @@ class Tracker:
     self.flush()
     if self._file:
       self._file.sync()
+    for writer in self._writers:
+      writer.sync()
 
   def flush(self) -> dict[str, dict[str, float]]:
     """Writes what is pending, and returns it as floats.
@@ -116,21 +119,14 @@ def diverged(member: str, how: str) -> UserError:
 
 
 class _Lines:
-  """A file of JSON lines; without `append`, written whole by `sync`.
+  """A file of JSON lines. Objects in a bucket cannot grow: `sync` writes them whole."""
 
-  Objects in a bucket cannot grow.
-  """
-
-  def __init__(
-    self, path: epath.Path, kept: list[dict[str, Any]], *, append: bool
-  ):
+  def __init__(self, path: epath.Path, kept: list[dict[str, Any]]):
     self._path = path
     self._lines = [json.dumps(record) + '\n' for record in kept]
     self._stream = None
-    if append:
-      part = path.parent / (path.name + '.part')
-      part.write_text(''.join(self._lines))
-      part.replace(path)
+    paths.write_whole(path, ''.join(self._lines))
+    if not paths.is_remote(path):
       self._stream = path.open('a')
 
   def write(self, record: dict[str, Any]) -> None:
@@ -143,7 +139,7 @@ class _Lines:
 
   def sync(self) -> None:
     if not self._stream:
-      self._path.write_text(''.join(self._lines))
+      paths.write_whole(self._path, ''.join(self._lines))
 
   def close(self) -> None:
     self.sync()
@@ -152,20 +148,37 @@ class _Lines:
 
 
 class _TensorBoard:
-  def __init__(self, folder: str, resumed_at: int):
+  """Event files; those for a bucket grow in a local folder and are copied."""
+
+  def __init__(self, folder: epath.Path, resumed_at: int):
     import tensorboardX
 
+    self._folder = folder
+    self._local = None
+    if paths.is_remote(folder):
+      self._local = tempfile.TemporaryDirectory()
+      folder = epath.Path(self._local.name)
     # What a killed run wrote past its checkpoint is hidden by what comes.
     self._writer = tensorboardX.SummaryWriter(
-      folder, purge_step=resumed_at + 1 if resumed_at else None
+      os.fspath(folder), purge_step=resumed_at + 1 if resumed_at else None
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     for name, value in scalars.items():
       self._writer.add_scalar(name, value, step)
 
+  def sync(self) -> None:
+    self._writer.flush()
+    if self._local:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      for file in epath.Path(self._local.name).iterdir():
+        (self._folder / file.name).write_bytes(file.read_bytes())
+
   def close(self) -> None:
+    self.sync()
     self._writer.close()
+    if self._local:
+      self._local.cleanup()
 
 
 class _Wandb:
@@ -187,6 +200,9 @@ class _Wandb:
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     self._run.log(scalars, step=step)
+
+  def sync(self) -> None:
+    """Nothing to do: wandb sends by itself."""
 
   def close(self) -> None:
     self._run.finish()

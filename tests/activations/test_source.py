@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from gsae_jax.activations.source import ShardSource
+from gsae_jax.activations.source import Source
+from gsae_jax.activations.store import Encoding
+from gsae_jax.errors import Preempted
 from gsae_jax.lm import text
-from gsae_jax.mesh import make_mesh
 
 SITES = ('mlp_out.0', 'attn_pre_linear.0')
 
@@ -29,18 +30,23 @@ def source(lm, contexts, **changes):
   values = {
     'sites': SITES,
     'rows': 5000,
-    'shard_rows': 2048,
-    'batch_contexts': 16,
+    'buffer_rows': 2048,
+    'batch_contexts': 4,
     'dtype': 'float32',
     'seed': 0,
-    'mesh': make_mesh(-1, 1),
+    'devices': jax.local_devices(),
   }
-  return ShardSource(lm, contexts, **values | changes)
+  return Source(lm, contexts, **values | changes)
+
+
+def buffer(source, number, **kwargs):
+  return source.buffer(number, dict.fromkeys(source.sites), **kwargs)
 
 
 def test_every_row_is_its_tokens_activation(embedded, contexts):
   make = source(embedded, contexts)
-  shards = [make(s) for s in range(3)]
+  assert make.buffers == 3 and make.widths == dict.fromkeys(SITES, 128)
+  shards = [buffer(make, s) for s in range(3)]
   assert [len(s['token_ids']) for s in shards] == [2048, 2048, 904]
   stored = {k: np.concatenate([s[k] for s in shards]) for k in shards[0]}
   _, taken = embedded.module.apply(
@@ -60,23 +66,83 @@ def test_every_row_is_its_tokens_activation(embedded, contexts):
   )
   np.testing.assert_array_equal(stored['positions'], positions[nearest])
   assert not stored['special'].any()
+  np.testing.assert_array_equal(
+    stored['document_ids'], contexts.documents_CL[mask][nearest]
+  )
+  # Context and position name a token of the text.
+  np.testing.assert_array_equal(
+    contexts.ids_CL[stored['context_ids'], stored['positions']],
+    stored['token_ids'],
+  )
+  places = stored['context_ids'] * 32 + stored['positions']
+  assert len(np.unique(places)) == 5000
   # Rows that repeat (the first words of a file) share a nearest one.
   assert len(set(nearest.tolist())) > 0.97 * 5000
 
 
 def test_rows_are_mixed_across_contexts(embedded, contexts):
-  shard = source(embedded, contexts)(0)
+  rows = buffer(source(embedded, contexts), 0)
   # In reading order, the position would rise by one nearly everywhere.
-  assert np.mean(np.diff(shard['positions']) == 1) < 0.1
+  assert np.mean(np.diff(rows['positions']) == 1) < 0.1
+  assert len(np.unique(rows['context_ids'][:32])) > 20
 
 
-def test_shards_depend_on_the_seed_and_on_nothing_else(embedded, contexts):
-  one = source(embedded, contexts)(1)
-  again = source(embedded, contexts, batch_contexts=32)(1)
-  other = source(embedded, contexts, seed=1)(1)
-  np.testing.assert_array_equal(one['token_ids'], again['token_ids'])
-  np.testing.assert_allclose(one['mlp_out.0'], again['mlp_out.0'], atol=1e-5)
-  assert np.any(one['token_ids'] != other['token_ids'])
+def same(a, b):
+  return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_buffers_depend_on_seed_and_epoch_and_not_on_devices(
+  embedded, contexts
+):
+  one = buffer(source(embedded, contexts), 1)
+  assert same(one, buffer(source(embedded, contexts), 1))
+  # To the bit, because each device does the same work.
+  for devices in (1, 2):
+    few = source(embedded, contexts, devices=jax.local_devices()[:devices])
+    assert same(one, buffer(few, 1))
+  other = buffer(source(embedded, contexts, batch_contexts=8), 1)
+  np.testing.assert_array_equal(one['token_ids'], other['token_ids'])
+  np.testing.assert_allclose(one['mlp_out.0'], other['mlp_out.0'], atol=1e-5)
+  seed = buffer(source(embedded, contexts, seed=1), 1)
+  epoch = buffer(source(embedded, contexts, epoch=1), 1)
+  assert not same(one, seed) and not same(one, epoch)
+  again = source(embedded, contexts)
+  again.set_epoch(1)
+  assert same(buffer(again, 1), epoch)
+
+
+def test_it_asks_between_passes_whether_to_leave(embedded, contexts):
+  calls = []
+
+  def tick():
+    calls.append(0)
+    if len(calls) == 3:
+      raise Preempted
+
+  with pytest.raises(Preempted):
+    buffer(source(embedded, contexts), 0, tick=tick)
+  assert len(calls) == 3
+
+
+def test_bfloat16_without_the_mean_keeps_more_of_what_differs(
+  embedded, contexts
+):
+  exact = buffer(source(embedded, contexts), 0)['mlp_out.0']
+  make = source(embedded, contexts, dtype='bfloat16')
+  encodings = make.encodings()
+  encoding = encodings['mlp_out.0']
+  np.testing.assert_allclose(
+    encoding.mean_D, np.mean(exact, 0), atol=0.1 * exact.std()
+  )
+  assert np.log2(encoding.scale) % 1 == 0
+  # As if the site had a mean of thirty times what differs.
+  far = Encoding(encoding.mean_D + 30 * exact.std(), encoding.scale)
+  for e, limit in ((encoding, 3e-3), (far, 0.1)):
+    stored = make.buffer(0, dict.fromkeys(SITES, e))['mlp_out.0']
+    assert stored.dtype == 'bfloat16'
+    error = e.decode(stored) - exact
+    size = np.sqrt(np.mean(error**2)) / exact.std()
+    assert limit / 5 < size < limit
 
 
 def test_kept_special_tokens_are_marked(embedded):
@@ -90,7 +156,7 @@ def test_kept_special_tokens_are_marked(embedded):
     special_tokens='keep',
     rows=2000,
   )
-  shard = source(embedded, contexts, rows=2000)(0)
+  shard = buffer(source(embedded, contexts, rows=2000), 0)
   is_bos = shard['token_ids'] == embedded.tokenizer.bos_id
   np.testing.assert_array_equal(shard['special'], is_bos)
   assert 50 < is_bos.sum() < 100  # One context in 32 tokens, and documents.
@@ -103,11 +169,14 @@ def test_the_model_stops_behind_the_last_site(stories):
   ids = np.ones((8, 64), np.int32)
 
   def flops(sites):
-    contexts = text.Contexts(ids, ids > 0, ids < 0)
-    make = source(
-      lm, contexts, sites=sites, rows=8, batch_contexts=8, mesh=make_mesh(-1, 1)
+    contexts = text.Contexts(ids, ids > 0, ids < 0, ids.astype(np.uint64))
+    make = source(lm, contexts, sites=sites, rows=8, batch_contexts=2)
+    lowered = make.forward.lower(
+      lm.params,
+      jax.numpy.asarray(ids),
+      dict.fromkeys(sites),
+      dtype=jax.numpy.float32,
     )
-    lowered = make.forward.lower(lm.params, jax.numpy.asarray(ids))
     return lowered.compile().cost_analysis()['flops']
 
   first, last = flops(('resid_post.0',)), flops(('resid_post.4',))

@@ -2,111 +2,205 @@
 
 import json
 import shutil
+import types
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
 
+from gsae_jax.activations import layout
 from gsae_jax.activations import store as store_lib
 from gsae_jax.activations.store import open_store
-from gsae_jax.activations.writer import StoreWriter
 from gsae_jax.errors import UserError
-
-ROWS, SHARD, CHUNK, WIDTH = 1000, 256, 32, 8
-
-
-def writer(path, **changes):
-  values = {
-    'identity': {'lm': {'weights': 'abc'}, 'seed': 0},
-    'provenance': {'lm_path': 'x'},
-    'widths': {'mlp_out.0': WIDTH, 'resid_post.1': WIDTH},
-    'rows': ROWS,
-    'shard_rows': SHARD,
-    'chunk_rows': CHUNK,
-    'dtype': 'bfloat16',
-  }
-  return StoreWriter(str(path), **values | changes)
+from tests.activations.conftest import (
+  CHUNK,
+  ROWS,
+  SHARD,
+  SITES,
+  WIDTH,
+  contents,
+  fill,
+  make_rows,
+  put,
+  writer,
+)  # fmt: skip
 
 
-def make_shard(shard):
-  rng = np.random.default_rng(shard)
-  n = min(SHARD, ROWS - shard * SHARD)
-  x = rng.normal(size=(n, WIDTH)).astype(ml_dtypes.bfloat16)
-  return {
-    'token_ids': np.arange(n, dtype=np.int32) + shard * SHARD,
-    'positions': np.arange(n, dtype=np.int32) % 7,
-    'special': np.arange(n) % 5 == 0,
-    'mlp_out.0': x,
-    'resid_post.1': -x,
-  }
+def read(store, name):
+  return store.array(name)[:].read().result()
 
 
-def fill(path, **changes):
-  return list(writer(path, **changes).run(make_shard))
-
-
-def test_rows_come_back_with_their_statistics(tmp_path):
-  assert fill(tmp_path) == [0, 256, 256, 256, 232]
-  store = open_store(str(tmp_path))
-  shards = [make_shard(s) for s in range(4)]
-  for name in ('token_ids', 'positions', 'special'):
-    want = np.concatenate([s[name] for s in shards])
-    np.testing.assert_array_equal(store.array(name)[:].read().result(), want)
-  want = np.concatenate([s['mlp_out.0'] for s in shards])
-  got = store.array('mlp_out.0/activations')[:].read().result()
-  assert got.dtype == ml_dtypes.bfloat16
-  np.testing.assert_array_equal(got, want)
+def test_rows_come_back_with_their_statistics(whole):
+  store = open_store(str(whole))
+  want = make_rows(0, ROWS)
+  for name in layout.ROW_ARRAYS:
+    got = read(store, name)
+    np.testing.assert_array_equal(got, want[name])
+    assert got.dtype == want[name].dtype
+  x = read(store, 'mlp_out.0/activations')
+  assert x.dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(x, want['mlp_out.0'])
+  x = x.astype(np.float64)
   site = store.sites['mlp_out.0']
-  want = want.astype(np.float64)
-  np.testing.assert_allclose(site.mean_D, want.mean(0), rtol=1e-12)
+  np.testing.assert_allclose(site.mean_D, x.mean(0), rtol=1e-12)
   np.testing.assert_allclose(
-    site.mean_squared_norm, (want**2).sum(1).mean(), rtol=1e-12
+    site.mean_squared_norm, (x**2).sum(1).mean(), rtol=1e-12
   )
-  assert store.rows == ROWS and site.width == WIDTH
+  assert store.rows == ROWS and site.width == WIDTH and site.encoding is None
 
 
-def test_it_is_zarr3_in_shards(tmp_path):
-  fill(tmp_path)
-  folder = tmp_path / 'mlp_out.0' / 'activations'
+def test_a_removed_mean_is_put_back(tmp_path):
+  fill(tmp_path, centred=True)
+  store = open_store(str(tmp_path))
+  site = store.sites['resid_post.1']
+  stored = read(store, 'resid_post.1/activations')
+  np.testing.assert_array_equal(stored, make_rows(0, ROWS)['resid_post.1'])
+  x = site.encoding.decode(stored)
+  want = stored.astype(np.float32) / 2 + np.linspace(-40, 40, WIDTH)
+  np.testing.assert_allclose(x, want, rtol=1e-6)
+  # Statistics are those of the activations.
+  np.testing.assert_allclose(site.mean_D, x.mean(0, np.float64), rtol=1e-6)
+  np.testing.assert_allclose(
+    site.mean_squared_norm, (x.astype(np.float64) ** 2).sum(1).mean(), rtol=1e-6
+  )
+
+
+def test_it_is_zarr3_in_shards_with_checksums(whole):
+  folder = whole / 'mlp_out.0' / 'activations'
   meta = json.loads((folder / 'zarr.json').read_text())
   assert meta['zarr_format'] == 3 and meta['shape'] == [ROWS, WIDTH]
   (codec,) = meta['codecs']
   assert codec['name'] == 'sharding_indexed'
   assert codec['configuration']['chunk_shape'] == [CHUNK, WIDTH]
+  for part in ('codecs', 'index_codecs'):
+    assert codec['configuration'][part][-1]['name'] == 'crc32c'
   assert sorted(p.name for p in (folder / 'c').iterdir()) == list('0123')
 
 
-def test_a_second_start_writes_only_what_is_missing(tmp_path):
-  fill(tmp_path / 'whole')
-  run = writer(tmp_path / 'cut').run(make_shard)
-  next(run), next(run), next(run)  # Two shards, and then the process dies.
-  run.close()
+def test_a_second_start_writes_only_what_is_missing(tmp_path, whole):
+  with writer(tmp_path) as w:
+    put(w, 0), put(w, 1), w.flush()
   with pytest.raises(UserError, match='unfinished; run the same'):
-    open_store(str(tmp_path / 'cut'))
+    open_store(str(tmp_path))
   # One array of shard 1 did not make it, and a lock file was left behind.
-  site = tmp_path / 'cut' / 'resid_post.1' / 'activations' / 'c' / '1'
+  site = tmp_path / 'resid_post.1' / 'activations' / 'c' / '1'
   (site / '0').unlink()
   (site / '0.__lock').touch()
-  made = []
-  list(writer(tmp_path / 'cut').run(lambda s: made.append(s) or make_shard(s)))
-  assert made == [1, 2, 3]
-  for path in sorted((tmp_path / 'whole').rglob('*')):
-    if path.is_file():
-      other = tmp_path / 'cut' / path.relative_to(tmp_path / 'whole')
-      assert other.read_bytes() == path.read_bytes(), path
-  assert list(writer(tmp_path / 'cut').run(make_shard)) == [ROWS]
+  assert fill(tmp_path) == [1, 2, 3]
+  assert contents(tmp_path) == contents(whole)
+  assert fill(tmp_path) == []
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_the_size_of_the_buffer_does_not_change_the_files(tmp_path, whole):
+  # Only what is missing of a buffer is written.
+  with writer(tmp_path) as w:
+    put(w, 2), w.flush()
+  before = (tmp_path / 'records/2.json').stat().st_mtime_ns
+  assert fill(tmp_path, buffer_rows=2 * SHARD) == [0, 1]
+  assert (tmp_path / 'records/2.json').stat().st_mtime_ns == before
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_two_writers_of_one_shard_do_no_harm(tmp_path, whole):
+  with writer(tmp_path) as a, writer(tmp_path) as b:
+    for buffer in range(4):
+      put(a, buffer), put(b, buffer)
+    a.flush(), b.flush()
+    a.finish(), b.finish()
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_a_shard_is_finished_when_its_record_is_there(tmp_path):
+  fill(tmp_path)
+  (tmp_path / 'records' / '3.json').unlink()
+  with writer(tmp_path) as w:
+    assert w.missing_buffers() == [3]
+  with pytest.raises(UserError, match='unfinished'):  # Again, until it is.
+    open_store(str(tmp_path))
+
+
+def damage_missing(path, whole):
+  (path / 'mlp_out.0/activations/c/2/0').unlink()
+
+
+def damage_truncated(path, whole):
+  file = path / 'mlp_out.0/activations/c/2/0'
+  file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_emptied(path, whole):
+  (path / 'token_ids/c/2').write_bytes(b'')
+
+
+def damage_foreign_rows(path, whole):
+  shutil.copy(path / 'foreign/mlp_out.0/activations/c/2/0',
+              path / 'mlp_out.0/activations/c/2/0')  # fmt: skip
+
+
+def damage_foreign_shard(path, whole):
+  for file in contents(path / 'foreign'):
+    if '/c/2' in file or file == 'records/2.json':
+      shutil.copy(path / 'foreign' / file, path / file)
+
+
+def damage_swapped(path, whole):
+  for file in ('mlp_out.0/activations/c/{}/0', 'records/{}.json'):
+    shutil.copy(path / file.format(1), path / file.format(2))
+
+
+def damage_record(path, whole):
+  file = path / 'records/2.json'
+  file.write_bytes(file.read_bytes()[:-30])
+
+
+DAMAGES = [
+  damage_missing, damage_truncated, damage_emptied, damage_foreign_rows,
+  damage_foreign_shard, damage_swapped, damage_record,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('damage', DAMAGES, ids=lambda f: f.__name__)
+def test_harvest_writes_bad_shards_again_and_no_other(damage, tmp_path, whole):
+  fill(tmp_path)
+  other = {'lm': {'weights': 'def'}, 'seed': 0}
+  fill(tmp_path / 'foreign', identity=other, salt=1)
+  damage(tmp_path, whole)
+  shutil.rmtree(tmp_path / 'foreign')
+  assert fill(tmp_path) == [2]
+  assert contents(tmp_path) == contents(whole)
 
 
 def test_another_store_in_its_place_is_refused(tmp_path):
   fill(tmp_path)
-  before = (tmp_path / 'manifest.json').read_bytes()
+  before = contents(tmp_path)
   other = {'lm': {'weights': 'def'}, 'seed': 0}
   with pytest.raises(UserError, match="identity.lm.weights is 'abc' there"):
     writer(tmp_path, identity=other)
   with pytest.raises(UserError, match='shard_rows is 256 there and 512 here'):
     writer(tmp_path, shard_rows=512)
-  assert (tmp_path / 'manifest.json').read_bytes() == before
+  assert contents(tmp_path) == before
+
+
+def test_the_manifest_of_another_store_does_not_claim_its_shards(tmp_path):
+  fill(tmp_path)
+  other = {'lm': {'weights': 'def'}, 'seed': 0}
+  fill(tmp_path / 'other', identity=other, salt=1)
+  shutil.move(tmp_path / 'other' / 'manifest.json', tmp_path / 'manifest.json')
+  shutil.rmtree(tmp_path / 'other')
+  before = contents(tmp_path)
+  with pytest.raises(UserError, match='every shard there is of another store'):
+    writer(tmp_path, identity=other)
+  with pytest.raises(UserError, match="weights is 'def' there and 'abc' here"):
+    writer(tmp_path)
+  assert contents(tmp_path) == before
+
+
+def test_of_two_manifests_the_first_stays(tmp_path):
+  layout.write_manifest(str(tmp_path), {'schema': 1}, only_first=True)
+  layout.write_manifest(str(tmp_path), {'schema': 2}, only_first=True)
+  assert json.loads((tmp_path / 'manifest.json').read_text())['schema'] == 1
 
 
 def test_a_lost_shard_is_an_error_and_not_zeros(tmp_path):
@@ -118,62 +212,94 @@ def test_a_lost_shard_is_an_error_and_not_zeros(tmp_path):
     array[256:288].read().result()
 
 
-def test_a_lost_array_is_named(tmp_path):
+def test_a_lost_or_changed_array_is_named(tmp_path):
   fill(tmp_path)
   store = open_store(str(tmp_path))
-  shutil.rmtree(tmp_path / 'mlp_out.0' / 'activations')
-  with pytest.raises(UserError, match='has no readable mlp_out.0/activations'):
+  meta = tmp_path / 'mlp_out.0' / 'activations' / 'zarr.json'
+  meta.write_text(meta.read_text().replace('bfloat16', 'float16'))
+  with pytest.raises(UserError, match='mlp_out.0/activations/ is not a read'):
     store.array('mlp_out.0/activations')
-
-
-def test_a_flipped_bit_is_an_error(tmp_path):
-  fill(tmp_path)
-  path = tmp_path / 'mlp_out.0' / 'activations' / 'c' / '2' / '0'
-  raw = bytearray(path.read_bytes())
-  raw[100] ^= 4
-  path.write_bytes(raw)
-  array = open_store(str(tmp_path)).array('mlp_out.0/activations')
-  with pytest.raises(
-    ValueError, match='DATA_LOSS.*shard entry.*Digest mismatch'
-  ):
-    array[512:768].read().result()
+  shutil.rmtree(tmp_path / 'mlp_out.0' / 'activations')
+  with pytest.raises(UserError, match='mlp_out.0/activations/ is not a read'):
+    store.array('mlp_out.0/activations')
 
 
 def test_stores_that_are_not_there_or_not_known(tmp_path):
   with pytest.raises(UserError, match='no activation store at'):
     open_store(str(tmp_path))
+  with pytest.raises(UserError, match='http:// is not known'):
+    open_store('http://somewhere')
   fill(tmp_path)
-  manifest = json.loads((tmp_path / 'manifest.json').read_text())
-  store_lib.write_manifest(str(tmp_path), manifest | {'schema': 99})
+  path = tmp_path / 'manifest.json'
+  text = path.read_text()
+  manifest = json.loads(text)
+  layout.write_manifest(str(tmp_path), manifest | {'schema': 99})
   with pytest.raises(UserError, match='has schema 99, and this version reads'):
     open_store(str(tmp_path))
-  del manifest['identity']
-  store_lib.write_manifest(str(tmp_path), manifest)
-  with pytest.raises(UserError, match="manifest.json lacks 'identity'"):
+  path.write_text(text.replace('"seed": 0', '"seed": 1'))
+  with pytest.raises(UserError, match='was changed after it was written'):
     open_store(str(tmp_path))
-  (tmp_path / 'manifest.json').write_text('[]')
-  with pytest.raises(UserError, match='manifest.json is not a manifest'):
+  del manifest['digest']
+  layout.write_manifest(str(tmp_path), manifest | {'identity': {'seed': 1}})
+  with pytest.raises(UserError, match='content hash is not that of its ident'):
     open_store(str(tmp_path))
-  (tmp_path / 'manifest.json').write_text('{')
-  with pytest.raises(UserError, match='manifest.json is not JSON'):
-    open_store(str(tmp_path))
+  for bad, match in (('[]', 'is not a manifest'), ('{', 'is not JSON')):
+    path.write_text(bad)
+    with pytest.raises(UserError, match=f'manifest.json {match}'):
+      open_store(str(tmp_path))
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='--store: cannot write') as e:
+  with pytest.raises(UserError, match='--store: cannot') as e:
     writer(tmp_path / 'file' / 'store')
   assert '\n' not in str(e.value)
 
 
-def test_urls_become_tensorstore_specs():
-  assert store_lib.kvstore_spec('gs://bucket/run/', 'mlp_out.0') == {
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+  tmp_path, monkeypatch
+):
+  free = types.SimpleNamespace(free=20_000)  # One shard less than it takes.
+  monkeypatch.setattr('shutil.disk_usage', lambda path: free)
+  with pytest.raises(UserError, match='has 0.00 GB free, and the shards still'):
+    writer(tmp_path)
+  free.free = 10**6
+  with writer(tmp_path) as w:
+    put(w, 0), w.flush()
+  free.free = 40_000  # Enough for what is left.
+  with writer(tmp_path):
+    pass
+
+
+def test_a_write_that_fails_names_the_shard_and_loses_nothing(tmp_path, whole):
+  # A folder in the file's place stops root, too.
+  obstacle = tmp_path / 'resid_post.1/activations/c/1/0/obstacle'
+  with writer(tmp_path) as w:
+    obstacle.mkdir(parents=True)
+    with pytest.raises(UserError, match='cannot write shard 1 of .*goes on'):
+      for buffer in range(4):
+        put(w, buffer)
+      w.flush()
+  shutil.rmtree(obstacle.parent)
+  made = fill(tmp_path)
+  assert 1 in made and 0 not in made
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_urls_become_tensorstore_specs(monkeypatch):
+  assert layout.kvstore_spec('gs://bucket/run/', 'mlp_out.0') == {
     'driver': 'gcs', 'bucket': 'bucket', 'path': 'run/mlp_out.0/'
   }  # fmt: skip
-  assert store_lib.kvstore_spec('s3://bucket/a/b')['path'] == 'a/b/'
-  spec = store_lib.kvstore_spec('/a/b', 'c')
-  assert spec == {'driver': 'file', 'path': '/a/b/c/'}
+  assert layout.kvstore_spec('s3://bucket/a/b')['path'] == 'a/b/'
+  assert layout.kvstore_spec('s3://bucket')['path'] == ''
+  monkeypatch.setenv('GSAE_S3_ENDPOINT', 'http://127.0.0.1:1')
+  monkeypatch.setenv('AWS_REGION', 'eu-north-1')
+  spec = layout.kvstore_spec('s3://bucket/a')
+  assert spec['endpoint'] == 'http://127.0.0.1:1'
+  assert spec['aws_region'] == 'eu-north-1'
   ts.KvStore.Spec(spec)
+  spec = layout.kvstore_spec('/a/b', 'c')
+  assert spec == {'driver': 'file', 'path': '/a/b/c/'}
 
 
 def test_differences_names_the_leaves():
@@ -184,3 +310,10 @@ def test_differences_names_the_leaves():
     'd is 3 there and None here',
     'e is None there and 5 here',
   ]
+
+
+def test_sites_are_checked_with_a_hint(whole):
+  store = open_store(str(whole))
+  store_lib.check_site(store, SITES[0], 'a')
+  with pytest.raises(UserError, match="did you mean 'mlp_out.0'"):
+    store_lib.check_site(store, 'mlp_out.1', 'a')

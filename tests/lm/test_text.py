@@ -1,5 +1,7 @@
 """Documents, their split, and packing."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,26 @@ def test_stream_packing_keeps_every_token_in_order(tokenizer):
   following = contexts.ids_CL[:, 1:][contexts.ids_CL[:, :-1] == bos]
   assert bos not in following
   assert tokenizer.encode(['x'])[0][0] in following
+
+
+def test_every_token_knows_its_document(tokenizer):
+  texts = ['import os\n' * 30, 'x = 1\n' * 9, 'pass\n' * 80]
+  for packing, rows in (('stream', 200), ('documents', 30)):
+    contexts = pack(texts, tokenizer, packing=packing, rows=rows)
+    ids, documents = contexts.ids_CL, contexts.documents_CL
+    assert documents.shape == ids.shape and documents.dtype == np.uint64
+    for i, source in enumerate(texts):
+      mine = documents == text.document_id(source)
+      want = tokenizer.encode([source])[0]
+      got = ids[mine & contexts.mask_CL].tolist()
+      assert got == want[: len(got)]
+      if packing == 'stream' and i < 2:
+        # All of it, and a BOS in front, and one wherever a context begins.
+        assert len(got) == len(want)
+        cuts = mine[1:, 0] & mine[:-1, -1]
+        assert (mine & contexts.special_CL).sum() == 1 + cuts.sum()
+  digest = hashlib.sha256(texts[0].encode()).hexdigest()
+  assert text.document_id(texts[0]) == int(digest[:16], 16)
 
 
 def test_document_packing_begins_every_context_with_a_document(tokenizer):

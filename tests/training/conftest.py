@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
+from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
 from gsae_jax.activations.writer import StoreWriter
 from gsae_jax.config import MemberConfig, TrainConfig
@@ -14,16 +16,7 @@ def write_store(path, rows=ROWS, seed=0, dtype='float32'):
   rng = np.random.default_rng(seed)
   directions = rng.normal(size=(48, WIDTH))
   directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-  writer = StoreWriter(
-    str(path),
-    identity={'seed': seed},
-    provenance={},
-    widths={'resid_post.0': WIDTH, 'mlp_out.0': WIDTH},
-    rows=rows,
-    shard_rows=1024,
-    chunk_rows=16,
-    dtype=dtype,
-  )
+  sites = 'resid_post.0', 'mlp_out.0'
 
   def make(shard):
     draw = np.random.default_rng((seed, shard))
@@ -33,14 +26,42 @@ def write_store(path, rows=ROWS, seed=0, dtype='float32'):
     return {
       'token_ids': np.arange(n, dtype=np.int32),
       'positions': np.zeros(n, np.int32),
+      'context_ids': np.zeros(n, np.int32),
+      'document_ids': np.zeros(n, np.uint64),
       'special': np.zeros(n, bool),
-      'resid_post.0': x,
-      'mlp_out.0': 2 * x,
+      'resid_post.0': x.astype(ts.dtype(dtype).numpy_dtype),
+      'mlp_out.0': (2 * x).astype(ts.dtype(dtype).numpy_dtype),
     }
 
-  for _ in writer.run(make):
-    pass
+  with StoreWriter(
+    str(path),
+    identity={'seed': seed},
+    provenance={},
+    widths=dict.fromkeys(sites, WIDTH),
+    rows=rows,
+    shard_rows=1024,
+    chunk_rows=16,
+    buffer_rows=1024,
+    dtype=dtype,
+    make_encodings=lambda: dict.fromkeys(sites),
+  ) as writer:
+    for shard in writer.missing_buffers():
+      writer.put(shard, make(shard))
+    writer.flush()
+    writer.finish()
   return open_store(str(path))
+
+
+def open_loader(store, members, train, *, seed=0):
+  """What the train command opens, without mixing."""
+  return Loader(
+    store,
+    tuple(dict.fromkeys(m.site for m in members)),
+    batch_size=train.batch_size,
+    seed=seed,
+    unit='chunk',
+    shuffle_rows=train.batch_size,
+  )
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,7 @@ from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.members import build_members
 from gsae_jax.training.state import fold_scale
-from tests.training.conftest import member, settings
+from tests.training.conftest import member, open_loader, settings
 
 
 def train(
@@ -42,6 +42,7 @@ def train(
   }
   finished = loop.train(
     store,
+    open_loader(store, members, train),
     members,
     train,
     mesh=mesh or make_mesh(1, -1),
@@ -184,7 +185,7 @@ def test_unknown_schema_is_refused(store, tmp_path):
 
 
 def test_object_storage_that_orbax_cannot_write_is_refused():
-  with pytest.raises(UserError, match='cannot be written to s3://'):
+  with pytest.raises(UserError, match='checkpoints cannot be on s3://'):
     Checkpoints('s3://bucket/run', kept=None)
 
 

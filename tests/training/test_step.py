@@ -8,13 +8,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsae_jax.activations.loader import Loader
 from gsae_jax.mesh import make_mesh
 from gsae_jax.training.members import build_members
 from gsae_jax.training.schedule import Schedule
 from tests.sae import reference
 from tests.training import test_checkpoints as checkpoints
-from tests.training.conftest import member, settings
+from tests.training.conftest import member, open_loader, settings
 
 
 def run(store, members, train, *, mesh=(1, 1), seed=0):
@@ -25,8 +24,7 @@ def run(store, members, train, *, mesh=(1, 1), seed=0):
     mesh, ('data', 'model'), axis_types=auto, devices=devices
   )
   built = build_members(members, train, store, mesh, seed)
-  sites = tuple(dict.fromkeys(m.site for m in members))
-  loader = Loader(store, sites, batch_size=train.batch_size, seed=seed)
+  loader = open_loader(store, members, train, seed=seed)
   batches = loader.batches(NamedSharding(mesh, P('data')), start=0)
   losses = {m.name: [] for m in members}
   for _ in range(train.steps):
@@ -45,7 +43,7 @@ def test_trajectory_equals_the_float64_reference(architecture, store):
   fresh = build_members((one,), train, store, make_mesh(1, 4), 0)[0]
   p = {k: np.asarray(v, np.float64) for k, v in fresh.state.params.items()}
   v = {k: np.zeros_like(w) for k, w in p.items()}
-  loader = Loader(store, ('resid_post.0',), batch_size=128, seed=0)
+  loader = open_loader(store, (one,), train)
   scale = store.sites['resid_post.0'].mean_squared_norm ** -0.5
   gradients = {
     'gated': reference.gated_loss_and_gradients,

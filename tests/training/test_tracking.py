@@ -79,11 +79,14 @@ def test_a_bad_line_is_an_error_unless_it_is_the_torn_last_one(tmp_path):
     assert path.read_text() == f'{bad}\n{good}\n'
 
 
-def test_lines_on_storage_that_cannot_append_are_written_whole(tmp_path):
+def test_lines_on_storage_that_cannot_append_are_written_whole(
+  tmp_path, monkeypatch
+):
   path = tmp_path / 'metrics.jsonl'
-  lines = _Lines(path, [{'step': 1}], append=False)
+  monkeypatch.setattr('gsae_jax.paths.is_remote', lambda path: True)
+  lines = _Lines(path, [{'step': 1}])
   lines.write({'step': 2})
-  assert not path.exists()
+  assert path.read_text() == '{"step": 1}\n'
   lines.sync()
   lines.write({'step': 3})
   lines.close()

@@ -22,6 +22,7 @@ from absl import app, flags
 
 from gsae_jax.lm import text
 from gsae_jax.lm.families import gelu_1l
+from gsae_jax.lm.tokenizer import Tokenizer
 from gsae_jax.lm.transformer import Transformer
 
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
@@ -44,7 +45,7 @@ CONFIG = {
 }
 
 
-def make_tokenizer(texts, folder: str) -> text.Tokenizer:
+def make_tokenizer(texts, folder: str) -> Tokenizer:
   """Trains byte-level BPE; writes it to `folder` and reads it back."""
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
   model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
@@ -62,10 +63,10 @@ def make_tokenizer(texts, folder: str) -> text.Tokenizer:
   with open(os.path.join(folder, 'tokenizer_config.json'), 'w') as f:
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': BOS}
     json.dump(settings, f, indent=1)
-  return text.Tokenizer(folder)
+  return Tokenizer(folder)
 
 
-def all_contexts(texts, tokenizer: text.Tokenizer) -> text.Contexts:
+def all_contexts(texts, tokenizer: Tokenizer) -> text.Contexts:
   """Every full context of the texts."""
   pieces = text.pieces(
     texts,
@@ -74,9 +75,9 @@ def all_contexts(texts, tokenizer: text.Tokenizer) -> text.Contexts:
     packing='stream',
     prepend_bos=True,
   )
-  ids_CL = np.stack(list(pieces))
+  ids_CL, documents_CL = (np.stack(a) for a in zip(*pieces, strict=True))
   special_CL = np.isin(ids_CL, tokenizer.special_ids)
-  return text.Contexts(ids_CL, ~special_CL, special_CL)
+  return text.Contexts(ids_CL, ~special_CL, special_CL, documents_CL)
 
 
 def losses(params, module: Transformer, ids_BL: jax.Array) -> jax.Array:

@@ -1,0 +1,207 @@
+"""A shard's record: the file that says it is finished, and what is in it.
+
+    records/<shard>.json     fingerprints of every inner chunk of every array,
+                             and the float64 sums over the shard's rows
+
+It is written last. The checksums inside zarr's shards tell damage; the record
+tells a whole and sound shard that belongs elsewhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from gsae_jax.activations.layout import ROW_ARRAYS, reason
+from gsae_jax.activations.store import Encoding
+
+RECORDS = 'records'
+_BLOCK = 1024  # Rows that are float64 at once.
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """What one shard must hold.
+
+  Attributes:
+    fingerprints: uint64 `[chunks]` by array name.
+    sums: float64 `[D]` by site, of the activations.
+    squares: sum of `||x||^2` by site.
+  """
+
+  fingerprints: dict[str, np.ndarray]
+  sums: dict[str, np.ndarray]
+  squares: dict[str, float]
+
+  def to_json(self, store: str, shard: int) -> bytes:
+    """The record as it is stored.
+
+    Args:
+      store: content hash of the store that the shard belongs to.
+      shard: its number there.
+    """
+    hexadecimal = lambda v: v.astype('>u8').tobytes().hex()
+    body = {
+      'store': store,
+      'shard': shard,
+      'fingerprints': {k: hexadecimal(v) for k, v in self.fingerprints.items()},
+      'sums': {k: v.tolist() for k, v in self.sums.items()},
+      'squares': self.squares,
+    }
+    return json.dumps(body | {'digest': _digest(body)}).encode()
+
+
+def read_record(raw: bytes, store: str, shard: int) -> Record:
+  """The other direction of `to_json`.
+
+  Raises:
+    ValueError: it is damaged, or of another store or shard.
+  """
+  try:
+    body = json.loads(raw)
+    digest = body.pop('digest')
+  except (ValueError, KeyError, AttributeError, TypeError) as e:
+    raise ValueError('the record is damaged') from e
+  if digest != _digest(body):
+    raise ValueError('the record is damaged')
+  if (body['store'], body['shard']) != (store, shard):
+    raise ForeignShard(
+      f'it is shard {body["shard"]} of the store {body["store"][:12]}'
+    )
+  numbers = lambda h: np.frombuffer(bytes.fromhex(h), '>u8').astype(np.uint64)
+  return Record(
+    fingerprints={k: numbers(v) for k, v in body['fingerprints'].items()},
+    sums={k: np.array(v) for k, v in body['sums'].items()},
+    squares=body['squares'],
+  )
+
+
+class ForeignShard(ValueError):
+  """A sound shard that belongs elsewhere."""
+
+
+def _digest(body: dict[str, Any]) -> str:
+  text = json.dumps(body, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprints(values: np.ndarray, chunk_rows: int) -> np.ndarray:
+  """One uint64 for each inner chunk of consecutive rows.
+
+  The chunk's bytes, padded with zeros to a multiple of eight, summed modulo
+  2^64 as little-endian words: as fast as memory, and enough to tell chunks
+  apart whose own checksums hold.
+
+  Args:
+    values: `[rows, ...]`, beginning at a chunk's first row.
+    chunk_rows: rows of a chunk; the last may have fewer.
+  """
+  rows = np.ascontiguousarray(values).reshape(len(values), -1)
+  whole = len(rows) // chunk_rows
+  sums = [_word_sums(rows[: whole * chunk_rows], whole)]
+  if len(rows) % chunk_rows:
+    sums.append(_word_sums(rows[whole * chunk_rows :], 1))
+  return np.concatenate(sums)
+
+
+def _word_sums(rows: np.ndarray, parts: int) -> np.ndarray:
+  if not parts:
+    return np.zeros(0, np.uint64)
+  raw = rows.view(np.uint8).reshape(parts, -1)
+  if raw.shape[1] % 8:
+    raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8)))
+  return raw.view('<u8').sum(1, dtype=np.uint64)
+
+
+def row_sums(
+  stored_ND: np.ndarray, encoding: Encoding | None
+) -> tuple[np.ndarray, float]:
+  """Float64 sums over rows of the activations and of their squared norms."""
+  total_D, squares = np.zeros(stored_ND.shape[1]), 0.0
+  for start in range(0, len(stored_ND), _BLOCK):
+    x_BD = stored_ND[start : start + _BLOCK]
+    if encoding is None:
+      x_BD = x_BD.astype(np.float64)
+    else:
+      x_BD = encoding.decode(x_BD, np.float64)
+    total_D += x_BD.sum(0)
+    squares += float(np.vdot(x_BD, x_BD))
+  return total_D, squares
+
+
+def make_record(
+  values: Mapping[str, np.ndarray],
+  encodings: Mapping[str, Encoding | None],
+  chunk_rows: int,
+) -> Record:
+  """The record of a shard that is about to be written.
+
+  Args:
+    values: rows by array name.
+    encodings: of each site.
+    chunk_rows: rows of an inner chunk.
+  """
+  sums = {
+    site: row_sums(values[f'{site}/activations'], encoding)
+    for site, encoding in encodings.items()
+  }
+  return Record(
+    fingerprints={k: fingerprints(v, chunk_rows) for k, v in values.items()},
+    sums={site: total_D for site, (total_D, _) in sums.items()},
+    squares={site: squares for site, (_, squares) in sums.items()},
+  )
+
+
+def listed(kv: ts.KvStore, names: Iterable[str]) -> dict[str, set[int]]:
+  """Shards that are there, by array name, and under `RECORDS`."""
+  names = list(names)
+  found = {name: set() for name in [*names, RECORDS]}
+  record = re.compile(rf'{RECORDS}/(\d+)\.json')
+  # c/<shard>/0, or c/<shard> where rows are scalars; lock files may lie about.
+  shard = re.compile(r'(.+)/c/(\d+)(/0)?')
+  for key in kv.list().result():
+    key = key.decode()
+    if match := record.fullmatch(key):
+      found[RECORDS].add(int(match[1]))
+    elif (match := shard.fullmatch(key)) and match[1] in found:
+      found[match[1]].add(int(match[2]))
+  return found
+
+
+def shard_key(name: str, shard: int) -> str:
+  """The file of a shard: of an array, or its record."""
+  if name == RECORDS:
+    return f'{RECORDS}/{shard}.json'
+  return f'{name}/c/{shard}' + ('' if name in ROW_ARRAYS else '/0')
+
+
+def check_rows(
+  record: Record,
+  name: str,
+  rows: ts.Future,
+  *,
+  chunk_rows: int,
+  first_chunk: int = 0,
+) -> str | None:
+  """What is wrong with rows that were read from a shard, or None.
+
+  Args:
+    record: the shard's.
+    name: the array.
+    rows: being read; they begin at a chunk's first row.
+    chunk_rows: rows of an inner chunk.
+    first_chunk: in the shard.
+  """
+  try:
+    have = fingerprints(rows.result(), chunk_rows)
+  except ValueError as e:  # TensorStore's word for lost and for damaged data.
+    return reason(e)
+  want = record.fingerprints.get(name, have[:0])
+  if not np.array_equal(have, want[first_chunk : first_chunk + len(have)]):
+    return 'its rows are not those that were written here'
+  return None

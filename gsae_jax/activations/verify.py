@@ -1,0 +1,121 @@
+"""Reads a whole store, finished or not, and says which files are bad."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import tensorstore as ts
+
+from gsae_jax.activations import layout
+from gsae_jax.activations import shards as shards_lib
+from gsae_jax.activations.shards import RECORDS
+from gsae_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+  """A bad file.
+
+  Attributes:
+    shard: which shard it belongs to; None is all of an array's.
+    key: its name below the store's path.
+    why: what is wrong with it.
+  """
+
+  shard: int | None
+  key: str
+  why: str
+
+
+class Verifier:
+  """Checks a store's shards one after the other.
+
+  Attributes:
+    manifest: as it was read.
+    shards: how many there are to be.
+    there: shards that have a record.
+  """
+
+  def __init__(self, path: str):
+    """Reads the manifest and lists the files.
+
+    Raises:
+      UserError: there is no manifest, or it is damaged.
+    """
+    manifest = layout.read_manifest(path)
+    if manifest is None:
+      raise UserError(
+        f'no activation store at {path}: it has no {layout.MANIFEST}'
+      )
+    self.path = path
+    self.manifest = manifest
+    self.shards = -(-manifest['rows'] // manifest['shard_rows'])
+    self._kv = layout.open_kvstore(path)
+    self._specs = layout.array_specs(path, manifest)
+    self._found = shards_lib.listed(self._kv, self._specs)
+    self.there = sorted(self._found[RECORDS] & set(range(self.shards)))
+
+  def damage(self) -> Iterator[list[Damage]]:
+    """Yields what is bad in one shard after the other, and first in none.
+
+    Shards without a record are not begun or not finished, and no damage; but a
+    store whose manifest says that it is finished must have them all.
+    """
+    arrays = {}
+    bad = []
+    for name, spec in self._specs.items():
+      try:
+        arrays[name] = layout.open_array(
+          spec | {'fill_missing_data_reads': False}
+        )
+      except UserError as e:
+        if self.there:
+          bad.append(Damage(None, f'{name}/zarr.json', str(e.__cause__)[:200]))
+    yield bad
+    numbers = self.there
+    if 'sites' in self.manifest:
+      numbers = range(self.shards)
+    # The next shard is being read while this one is looked at.
+    following = None
+    for shard in numbers:
+      started = following or self._start(shard, arrays)
+      following = None
+      if shard + 1 in numbers:
+        following = self._start(shard + 1, arrays)
+      yield list(self._look(shard, *started))
+
+  def _start(self, shard: int, arrays: dict[str, ts.TensorStore]):
+    start = shard * self.manifest['shard_rows']
+    stop = min(start + self.manifest['shard_rows'], self.manifest['rows'])
+    return self._kv.read(shards_lib.shard_key(RECORDS, shard)), {
+      name: array[start:stop].read() for name, array in arrays.items()
+    }
+
+  def _look(self, shard, record, rows) -> Iterator[Damage]:
+    key = shards_lib.shard_key(RECORDS, shard)
+    if shard not in self._found[RECORDS]:
+      yield Damage(shard, key, 'is missing')
+      return
+    try:
+      record = shards_lib.read_record(
+        record.result().value, self.manifest['content_hash'], shard
+      )
+    except ValueError as e:
+      yield Damage(shard, key, str(e))
+      return
+    for name, future in rows.items():
+      why = shards_lib.check_rows(
+        record, name, future, chunk_rows=self.manifest['chunk_rows']
+      )
+      if why:
+        yield Damage(shard, shards_lib.shard_key(name, shard), why)
+
+  def repair(self, bad: Iterable[Damage]) -> None:
+    """Deletes what is bad, so that harvest writes exactly that again."""
+    manifest = {k: v for k, v in self.manifest.items() if k != 'sites'}
+    layout.write_manifest(self.path, manifest)  # Unfinished, before all else.
+    for damage in bad:
+      keys = [damage.key]
+      if damage.shard is not None:
+        keys.append(shards_lib.shard_key(RECORDS, damage.shard))
+      for key in keys:
+        self._kv.write(key, None).result()

@@ -1,0 +1,86 @@
+"""A model's tokenizer, from its folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+from gsae_jax.errors import UserError
+
+
+class Tokenizer:
+  """A `tokenizer.json` with the ids of its special tokens.
+
+  Attributes:
+    bos_id: id of the beginning-of-text token, or None.
+    special_ids: sorted ids of every token marked special.
+    digest: SHA-256 of the file.
+    largest_id: of all tokens; ids may leave gaps.
+  """
+
+  def __init__(self, folder: str):
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.exists(path):
+      raise UserError(
+        f'lm.path: {folder} has no tokenizer.json; save one there with '
+        "transformers' AutoTokenizer.from_pretrained(...).save_pretrained"
+      )
+    with open(path, 'rb') as f:
+      raw = f.read()
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
+    except Exception as e:  # The Rust library raises bare Exception.
+      raise UserError(f'lm.path: {path} is not a tokenizer: {e}') from e
+    self.digest = hashlib.sha256(raw).hexdigest()
+    self.largest_id = max(self._tokenizer.get_vocab().values())
+    added = self._tokenizer.get_added_tokens_decoder()
+    self.special_ids = tuple(sorted(i for i, t in added.items() if t.special))
+    self.bos_id = self._bos_id(folder)
+
+  def _bos_id(self, folder: str) -> int | None:
+    for name, key in (
+      ('tokenizer_config.json', 'bos_token'),
+      ('config.json', 'bos_token_id'),
+    ):
+      path = os.path.join(folder, name)
+      if os.path.exists(path):
+        value = read_json(path).get(key)
+        if isinstance(value, dict):  # An AddedToken written out.
+          value = value['content']
+        if isinstance(value, str):
+          value = self._tokenizer.token_to_id(value)
+        if value is not None:  # Id 0 is a token like any other.
+          return value
+    return None
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it."""
+    encodings = self._tokenizer.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    return [e.ids for e in encodings]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._tokenizer.decode(list(ids))
+
+
+def read_json(path: str) -> dict[str, Any]:
+  """The object in a JSON file of a model folder.
+
+  Raises:
+    UserError: there is no such file, or it holds something else.
+  """
+  try:
+    with open(path) as f:
+      value = json.load(f)
+  except FileNotFoundError as e:
+    folder, name = os.path.split(path)
+    raise UserError(f'lm.path: {folder} has no {name}') from e
+  except ValueError as e:
+    raise UserError(f'lm.path: {path} is not JSON ({e})') from e
+  if not isinstance(value, dict):
+    raise UserError(f'lm.path: {path} is not a JSON object')
+  return value

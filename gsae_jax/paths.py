@@ -1,0 +1,47 @@
+"""Workdirs: a folder or gs://. Files in them appear whole."""
+
+from etils import epath
+
+from gsae_jax.errors import UserError
+
+
+def workdir(path: str) -> epath.Path:
+  """The path of a workdir.
+
+  Raises:
+    UserError: it is on storage that has no checkpoints, or gcsfs is missing.
+  """
+  scheme = path.partition('://')[0] if '://' in path else ''
+  if scheme not in ('', 'gs'):
+    raise UserError(
+      f'--workdir: {path}: checkpoints cannot be on {scheme}://; give a local '
+      'folder or gs://'
+    )
+  if scheme == 'gs':
+    try:
+      import fsspec
+      import gcsfs  # noqa: F401
+    except ImportError as e:
+      raise UserError(
+        f'--workdir: {path} needs gcsfs; pip install "gsae_jax[gcs]"'
+      ) from e
+    # Else a listing is never read again, and what others write never seen.
+    options = fsspec.config.conf.setdefault('gcs', {})
+    options.setdefault('use_listings_cache', False)
+    return epath.Path(path)
+  return epath.Path(path).expanduser().absolute()
+
+
+def is_remote(path: epath.Path) -> bool:
+  return '://' in str(path)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file so that no reader sees a part of it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):  # An object in a bucket is whole or not there.
+    path.write_text(text)
+    return
+  part = path.parent / f'{path.name}.part'
+  part.write_text(text)
+  part.replace(path)

@@ -1,0 +1,140 @@
+"""The integrity check: no byte changes unnoticed, and repair deletes only what is bad."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from gsae_jax.activations import shards
+from gsae_jax.activations.verify import Verifier
+from gsae_jax.errors import UserError
+from tests.activations.conftest import SHARDS, contents, fill, put, writer
+from tests.activations.test_store import DAMAGES
+
+
+def verify(path):
+  return [d for bad in Verifier(str(path)).damage() for d in bad]
+
+
+def test_a_sound_store_has_no_damage(whole):
+  assert verify(whole) == []
+
+
+def test_every_changed_byte_is_reported_with_its_file(tmp_path, whole):
+  shutil.copytree(whole, tmp_path / 'store')
+  store = tmp_path / 'store'
+  files = [
+    name
+    for name in contents(store)
+    if not name.endswith('zarr.json') and name != 'manifest.json'
+  ]
+  sizes = np.array([(store / name).stat().st_size for name in files])
+  rng = np.random.default_rng(0)
+  # Bytes of all files alike, so that long ones are hit most, and then each
+  # file once, so that none is left out.
+  flat = rng.choice(sizes.sum(), 200 - len(files), replace=False)
+  which = np.searchsorted(np.cumsum(sizes), flat, side='right')
+  hits = [
+    (files[i], int(f - np.cumsum(sizes)[i] + sizes[i]))
+    for i, f in zip(which, flat, strict=True)
+  ]
+  hits += [(n, int(rng.integers(s))) for n, s in zip(files, sizes, strict=True)]
+  assert len(hits) == 200
+  for name, at in hits:
+    path = store / name
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[at] ^= int(rng.integers(1, 256))
+    path.write_bytes(bad)
+    assert [d.key for d in verify(store)] == [name], (name, at)
+    path.write_bytes(good)
+  assert verify(store) == []
+
+
+@pytest.mark.parametrize('damage', DAMAGES, ids=lambda f: f.__name__)
+def test_repair_deletes_what_is_bad_and_harvest_writes_it(
+  damage, tmp_path, whole
+):
+  path = tmp_path
+  fill(path)
+  fill(path / 'foreign', identity={'seed': 1}, salt=1)
+  damage(path, whole)
+  shutil.rmtree(path / 'foreign')
+  bad = verify(path)
+  assert bad and {d.shard for d in bad} == {2}
+  before = contents(path)
+  Verifier(str(path)).repair(bad)
+  gone = before.keys() - contents(path).keys()
+  expected = {d.key for d in bad} | {'records/2.json'}
+  assert gone == expected & before.keys()
+  assert fill(path) == [2]
+  assert contents(path) == contents(whole) and verify(path) == []
+
+
+def test_a_flipped_bit_in_the_middle_is_repaired_too(tmp_path, whole):
+  # The writer looks at first chunks only; this is what `verify` is for.
+  fill(tmp_path)
+  file = tmp_path / 'resid_post.1/activations/c/1/0'
+  raw = bytearray(file.read_bytes())
+  raw[2000] ^= 1
+  file.write_bytes(raw)
+  (bad,) = verify(tmp_path)
+  assert bad.shard == 1 and 'Digest mismatch' in bad.why
+  Verifier(str(tmp_path)).repair([bad])
+  assert fill(tmp_path) == [1]
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_lost_metadata_of_an_array_is_found(tmp_path, whole):
+  fill(tmp_path)
+  (tmp_path / 'positions/zarr.json').unlink()
+  (bad,) = verify(tmp_path)
+  assert bad.shard is None and bad.key == 'positions/zarr.json'
+  Verifier(str(tmp_path)).repair([bad])
+  fill(tmp_path)
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_an_unfinished_store_is_not_a_damaged_one(tmp_path):
+  with writer(tmp_path) as w:
+    put(w, 1), w.flush()
+  verifier = Verifier(str(tmp_path))
+  assert [d for bad in verifier.damage() for d in bad] == []
+  assert verifier.there == [1] and verifier.shards == SHARDS
+  with pytest.raises(UserError, match='no activation store'):
+    Verifier(str(tmp_path / 'nowhere'))
+
+
+def test_fingerprints_are_sums_of_words():
+  x = np.arange(12, dtype=np.uint16).reshape(6, 2)
+  # Two rows are eight bytes: one word; the last chunk has one.
+  words = x.reshape(-1).astype(object)
+  want = [
+    sum(int(w) << (16 * i) for i, w in enumerate(words[k : k + 4]))
+    for k in range(0, 12, 4)
+  ]
+  np.testing.assert_array_equal(
+    shards.fingerprints(x, 2), np.array(want, np.uint64)
+  )
+  np.testing.assert_array_equal(
+    shards.fingerprints(x[:5], 4)[1], want[2] & (2**32 - 1)
+  )
+  # Bytes that fill no word are padded with zeros.
+  odd = shards.fingerprints(np.array([True] * 9), 9)
+  assert odd.tolist() == [int.from_bytes(b'\1' * 8, 'little') + 1]
+
+
+def test_records_come_back_and_notice_changes(whole):
+  raw = (whole / 'records' / '0.json').read_bytes()
+  manifest = json.loads((whole / 'manifest.json').read_text())
+  store = manifest['content_hash']
+  record = shards.read_record(raw, store, 0)
+  assert record.to_json(store, 0) == raw
+  with pytest.raises(shards.ForeignShard, match='shard 0 of the store'):
+    shards.read_record(raw, store, 1)
+  with pytest.raises(shards.ForeignShard):
+    shards.read_record(raw, 'f' * 64, 0)
+  for bad in (raw[:-1], raw.replace(b'"shard": 0', b'"shard": 1'), b'[]', b''):
+    with pytest.raises(ValueError, match='damaged'):
+      shards.read_record(bad, store, 1)
