@@ -47,3 +47,17 @@ def stories():
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture(scope='session')
+def smoke(tmp_path_factory):
+  """The four commands, run once; a store and a workdir."""
+  from tests.commands import run
+
+  folder = tmp_path_factory.mktemp('smoke')
+  store, workdir = folder / 'store', folder / 'run'
+  run('harvest', f'--store={store}')
+  run('train', f'--store={store}', f'--workdir={workdir}')
+  table = run('evaluate', f'--workdir={workdir}')
+  printed = run('report', f'--workdir={workdir}')
+  return store, workdir, table, printed

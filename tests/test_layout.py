@@ -27,7 +27,7 @@ ALLOWED = {
   'config': {'sae', 'parsing'},
   'training': {'activations', 'sae', 'config', 'mesh', 'paths'},
   'evaluation': {'lm', 'sae', 'mesh'},
-  'restore': {'sae', 'training'},
+  'restore': {'sae', 'training', 'paths'},
   '__init__': {'restore'},
 }
 

@@ -122,8 +122,14 @@ class StoreWriter:
       }
       self._header['encodings'] = encodings
       self._write_manifest({}, only_first=True)
-      # Somebody else may have been quicker.
+      # Somebody else may have been quicker; or there is no such bucket, of
+      # which S3 says no word.
       manifest = layout.read_manifest(self.path)
+      if manifest is None:
+        raise UserError(
+          f'--store: cannot write {self.path}: what was written is not there; '
+          'check that the bucket exists'
+        )
     want = {
       k: v
       for k, v in self._header.items()

@@ -63,15 +63,6 @@ def fill(path, *, salt=0, **changes):
   return made
 
 
-def contents(path):
-  """Files by name, without leftovers of killed writers."""
-  return {
-    str(p.relative_to(path)): p.read_bytes()
-    for p in sorted(path.rglob('*'))
-    if p.is_file() and not p.name.endswith('.__lock')
-  }
-
-
 @pytest.fixture(scope='session')
 def whole(tmp_path_factory):
   """A finished store that nobody may touch."""

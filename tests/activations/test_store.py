@@ -19,12 +19,12 @@ from tests.activations.conftest import (
   SHARD,
   SITES,
   WIDTH,
-  contents,
   fill,
   make_rows,
   put,
   writer,
 )  # fmt: skip
+from tests.commands import files
 
 
 def read(store, name):
@@ -88,9 +88,9 @@ def test_a_second_start_writes_only_what_is_missing(tmp_path, whole):
   (site / '0').unlink()
   (site / '0.__lock').touch()
   assert fill(tmp_path) == [1, 2, 3]
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
   assert fill(tmp_path) == []
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_the_size_of_the_buffer_does_not_change_the_files(tmp_path, whole):
@@ -100,7 +100,7 @@ def test_the_size_of_the_buffer_does_not_change_the_files(tmp_path, whole):
   before = (tmp_path / 'records/2.json').stat().st_mtime_ns
   assert fill(tmp_path, buffer_rows=2 * SHARD) == [0, 1]
   assert (tmp_path / 'records/2.json').stat().st_mtime_ns == before
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_two_writers_of_one_shard_do_no_harm(tmp_path, whole):
@@ -109,7 +109,7 @@ def test_two_writers_of_one_shard_do_no_harm(tmp_path, whole):
       put(a, buffer), put(b, buffer)
     a.flush(), b.flush()
     a.finish(), b.finish()
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_a_shard_is_finished_when_its_record_is_there(tmp_path):
@@ -140,7 +140,7 @@ def damage_foreign_rows(path, whole):
 
 
 def damage_foreign_shard(path, whole):
-  for file in contents(path / 'foreign'):
+  for file in files(path / 'foreign'):
     if '/c/2' in file or file == 'records/2.json':
       shutil.copy(path / 'foreign' / file, path / file)
 
@@ -169,18 +169,18 @@ def test_harvest_writes_bad_shards_again_and_no_other(damage, tmp_path, whole):
   damage(tmp_path, whole)
   shutil.rmtree(tmp_path / 'foreign')
   assert fill(tmp_path) == [2]
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_another_store_in_its_place_is_refused(tmp_path):
   fill(tmp_path)
-  before = contents(tmp_path)
+  before = files(tmp_path)
   other = {'lm': {'weights': 'def'}, 'seed': 0}
   with pytest.raises(UserError, match="identity.lm.weights is 'abc' there"):
     writer(tmp_path, identity=other)
   with pytest.raises(UserError, match='shard_rows is 256 there and 512 here'):
     writer(tmp_path, shard_rows=512)
-  assert contents(tmp_path) == before
+  assert files(tmp_path) == before
 
 
 def test_the_manifest_of_another_store_does_not_claim_its_shards(tmp_path):
@@ -189,12 +189,12 @@ def test_the_manifest_of_another_store_does_not_claim_its_shards(tmp_path):
   fill(tmp_path / 'other', identity=other, salt=1)
   shutil.move(tmp_path / 'other' / 'manifest.json', tmp_path / 'manifest.json')
   shutil.rmtree(tmp_path / 'other')
-  before = contents(tmp_path)
+  before = files(tmp_path)
   with pytest.raises(UserError, match='every shard there is of another store'):
     writer(tmp_path, identity=other)
   with pytest.raises(UserError, match="weights is 'def' there and 'abc' here"):
     writer(tmp_path)
-  assert contents(tmp_path) == before
+  assert files(tmp_path) == before
 
 
 def test_of_two_manifests_the_first_stays(tmp_path):
@@ -283,7 +283,7 @@ def test_a_write_that_fails_names_the_shard_and_loses_nothing(tmp_path, whole):
   shutil.rmtree(obstacle.parent)
   made = fill(tmp_path)
   assert 1 in made and 0 not in made
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_urls_become_tensorstore_specs(monkeypatch):

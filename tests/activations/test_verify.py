@@ -9,8 +9,9 @@ import pytest
 from gsae_jax.activations import shards
 from gsae_jax.activations.verify import Verifier
 from gsae_jax.errors import UserError
-from tests.activations.conftest import SHARDS, contents, fill, put, writer
+from tests.activations.conftest import SHARDS, fill, put, writer
 from tests.activations.test_store import DAMAGES
+from tests.commands import files
 
 
 def verify(path):
@@ -24,22 +25,22 @@ def test_a_sound_store_has_no_damage(whole):
 def test_every_changed_byte_is_reported_with_its_file(tmp_path, whole):
   shutil.copytree(whole, tmp_path / 'store')
   store = tmp_path / 'store'
-  files = [
+  names = [
     name
-    for name in contents(store)
+    for name in files(store)
     if not name.endswith('zarr.json') and name != 'manifest.json'
   ]
-  sizes = np.array([(store / name).stat().st_size for name in files])
+  sizes = np.array([(store / name).stat().st_size for name in names])
   rng = np.random.default_rng(0)
   # Bytes of all files alike, so that long ones are hit most, and then each
   # file once, so that none is left out.
-  flat = rng.choice(sizes.sum(), 200 - len(files), replace=False)
+  flat = rng.choice(sizes.sum(), 200 - len(names), replace=False)
   which = np.searchsorted(np.cumsum(sizes), flat, side='right')
   hits = [
-    (files[i], int(f - np.cumsum(sizes)[i] + sizes[i]))
+    (names[i], int(f - np.cumsum(sizes)[i] + sizes[i]))
     for i, f in zip(which, flat, strict=True)
   ]
-  hits += [(n, int(rng.integers(s))) for n, s in zip(files, sizes, strict=True)]
+  hits += [(n, int(rng.integers(s))) for n, s in zip(names, sizes, strict=True)]
   assert len(hits) == 200
   for name, at in hits:
     path = store / name
@@ -63,13 +64,13 @@ def test_repair_deletes_what_is_bad_and_harvest_writes_it(
   shutil.rmtree(path / 'foreign')
   bad = verify(path)
   assert bad and {d.shard for d in bad} == {2}
-  before = contents(path)
+  before = files(path)
   Verifier(str(path)).repair(bad)
-  gone = before.keys() - contents(path).keys()
+  gone = before.keys() - files(path).keys()
   expected = {d.key for d in bad} | {'records/2.json'}
   assert gone == expected & before.keys()
   assert fill(path) == [2]
-  assert contents(path) == contents(whole) and verify(path) == []
+  assert files(path) == files(whole) and verify(path) == []
 
 
 def test_a_flipped_bit_in_the_middle_is_repaired_too(tmp_path, whole):
@@ -83,7 +84,7 @@ def test_a_flipped_bit_in_the_middle_is_repaired_too(tmp_path, whole):
   assert bad.shard == 1 and 'Digest mismatch' in bad.why
   Verifier(str(tmp_path)).repair([bad])
   assert fill(tmp_path) == [1]
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_lost_metadata_of_an_array_is_found(tmp_path, whole):
@@ -93,7 +94,7 @@ def test_lost_metadata_of_an_array_is_found(tmp_path, whole):
   assert bad.shard is None and bad.key == 'positions/zarr.json'
   Verifier(str(tmp_path)).repair([bad])
   fill(tmp_path)
-  assert contents(tmp_path) == contents(whole)
+  assert files(tmp_path) == files(whole)
 
 
 def test_an_unfinished_store_is_not_a_damaged_one(tmp_path):
