@@ -23,13 +23,14 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start_both(*flags, own=((), ())):
+def start_both(*flags, own=((), ()), **kwargs):
   """Starts harvest in two processes; `own` are flags of each."""
   place = f'--coordinator=127.0.0.1:{free_port()}'
   return [
     start(
       'harvest', *flags, place, '--processes=2', f'--process={i}', *own[i],
       devices=2,
+      **kwargs,
     )
     for i in range(2)
   ]  # fmt: skip

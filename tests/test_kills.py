@@ -1,0 +1,78 @@
+"""Harvest is killed fifty times, and the store is as if it never had been."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.commands import files, run, start
+from tests.test_processes import start_both
+
+CONFIG = 'experiments/quickstart.py'
+SETTINGS = (
+  '--config.store.tokens=300000',
+  '--config.store.shard_rows=1024',
+  '--config.store.buffer_rows=4096',
+)
+KILLS = 50
+
+
+def unfinished(store):
+  """Files of shards that have no record, and locks of writes: when they change."""
+  finished = {p.stem for p in store.glob('records/*.json')}
+  parts = [*store.glob('*/activations/c/*/*'), *store.glob('*/c/*')]
+  return {
+    (str(p.relative_to(store)), p.stat().st_mtime_ns)
+    for p in parts
+    if p.is_file() and not {*p.parts} & finished
+  } | {(str(p), p.stat().st_mtime_ns) for p in store.rglob('*.__lock')}
+
+
+def wait_for_a_new_shard(store, processes):
+  folder = store / 'mlp_out.0/activations/c'
+  count = lambda: len(os.listdir(folder)) if folder.exists() else 0
+  before = count()
+  while count() == before:
+    assert all(p.poll() is None for p in processes), (
+      'there was too little to do'
+    )
+    time.sleep(0.0005)
+
+
+@pytest.mark.slow
+def test_a_harvest_killed_fifty_times_is_as_if_never_killed(tmp_path):
+  whole, store = tmp_path / 'whole', tmp_path / 'store'
+  begun = time.monotonic()
+  process = start('harvest', f'--store={whole}', *SETTINGS, config=CONFIG)
+  wait_for_a_new_shard(whole, [process])
+  until_first_shard = time.monotonic() - begun
+  assert process.wait(timeout=300) == 0
+  process.communicate()
+
+  rng = np.random.default_rng(0)
+  flags = (f'--store={store}', *SETTINGS)
+  in_writes = 0
+  for kill in range(KILLS):
+    before = unfinished(store)
+    if kill == KILLS // 2:  # Once by two.
+      processes = start_both(*flags, config=CONFIG)
+    else:
+      processes = [start('harvest', *flags, config=CONFIG)]
+    if kill % 2:  # At any moment, the start included.
+      time.sleep(rng.uniform(0, until_first_shard + 0.5))
+    else:  # While shards are being written.
+      wait_for_a_new_shard(store, processes)
+      time.sleep(rng.uniform(0, 0.01))
+    for p in processes:
+      p.send_signal(signal.SIGKILL)
+    for p in processes:
+      _, err = p.communicate()
+      assert p.returncode == -signal.SIGKILL, err  # Nor done, nor failed.
+    in_writes += bool(unfinished(store) - before)
+  print(f'{KILLS} kills, {in_writes} of them in the middle of a shard')
+  assert in_writes >= 10
+  run('harvest', *flags, config=CONFIG)
+  assert files(store) == files(whole)
+  assert '0 bad files' in run('store', 'verify', str(store))
