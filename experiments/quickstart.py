@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.store = ml_collections.ConfigDict()
   c.store.tokens = 1_000_000  # Rows per site.
   c.store.shard_rows = 16_384  # Unit of writing and resuming.
-  c.store.chunk_rows = 16  # Unit of reading.
+  c.store.chunk_rows = 64  # Unit of reading: best from 32 KB up.
   # Rows that harvest permutes together in host memory: as many as fit.
   c.store.buffer_rows = 131_072
   c.store.dtype = 'float32'  # Or 'bfloat16'.

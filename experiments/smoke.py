@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.sites = ('mlp_out.0', 'mlp_hidden.0')
   c.store.tokens = 4096
   c.store.shard_rows = 512
+  c.store.chunk_rows = 16
   c.store.buffer_rows = 1024
   c.store.batch_contexts = 8
   c.train.steps = 40

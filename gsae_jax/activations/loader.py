@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from gsae_jax.activations import shards as shards_lib
 from gsae_jax.activations.layout import open_kvstore, reason
 from gsae_jax.activations.order import Shuffle
+from gsae_jax.activations.placement import Placement, local_rows
 from gsae_jax.activations.store import Store
 from gsae_jax.errors import UserError
 
@@ -112,6 +113,20 @@ class Loader:
     order = Shuffle(self._units, self._seed, epoch)
     return order(np.arange(first, first + self._per_round))
 
+  def _deal(self, number: int) -> np.ndarray:
+    """`[batches, B]`: which rows of the store a round's batches consist of."""
+    units = self.units_at(number)
+    rng = np.random.default_rng((self._seed, 1, number))
+    rows_UR = np.tile(np.arange(self._unit), (len(units), 1))
+    rows_UR = rng.permuted(rows_UR, axis=1) + units[:, None] * self._unit
+    dealt = rows_UR.reshape(len(units), self._batches, self._slice)
+    return dealt.transpose(1, 0, 2).reshape(self._batches, self.batch_size)
+
+  def row_numbers(self, step: int) -> np.ndarray:
+    """Where in the store the rows of batch `step` are, `[B]`."""
+    number, i = divmod(step, self._batches)
+    return self._deal(number)[i]
+
   def rows_at(self, step: int, site: str) -> np.ndarray:
     """All activations `[B, D]` of batch `step` at one site, on the host."""
     number, i = divmod(step, self._batches)
@@ -201,25 +216,28 @@ class Loader:
     self, site: str, units: np.ndarray, reads: list[ts.Future]
   ) -> np.ndarray:
     """The units' rows, one after the other, when they are what was written."""
-    chunk = self.store.chunk_rows
+    unit, chunk = self._unit, self.store.chunk_rows
     width = self.store.sites[site].width
     dtype = self._arrays[site].dtype.numpy_dtype
-    pool_ND = np.empty((len(units) * self._unit, width), dtype)
-    for i, (unit, read) in enumerate(zip(units.tolist(), reads, strict=True)):
-      shard, first = divmod(unit * self._unit, self.store.shard_rows)
+    pool_ND = np.empty((len(units) * unit, width), dtype)
+    shards, firsts = np.divmod(units * unit, self.store.shard_rows)
+    wanted = []
+    for i, (shard, first) in enumerate(
+      zip(shards.tolist(), (firsts // chunk).tolist(), strict=True)
+    ):
       try:
-        rows_ND = read.result()
+        pool_ND[i * unit : (i + 1) * unit] = reads[i].result()
       except ValueError as e:  # TensorStore's word for lost and damaged data.
         raise self._damaged(self._key(site, shard), reason(e)) from e
-      have = shards_lib.fingerprints(rows_ND, chunk)
-      first //= chunk
-      want = self._fingerprints[shard][site][first : first + len(have)]
-      if not np.array_equal(have, want):
-        raise self._damaged(
-          self._key(site, shard), 'its rows are not those that were written'
-        )
-      pool_ND[i * self._unit : (i + 1) * self._unit] = rows_ND
       reads[i] = None  # Not twice in memory.
+      known = self._fingerprints[shard][site]
+      wanted.append(known[first : first + unit // chunk])
+    same = shards_lib.fingerprints(pool_ND, chunk) == np.concatenate(wanted)
+    if not same.all():
+      bad = int(np.argmin(same)) // (unit // chunk)
+      raise self._damaged(
+        self._key(site, shards[bad]), 'its rows are not those that were written'
+      )
     return pool_ND
 
   def _key(self, site: str, shard: int) -> str:
@@ -248,25 +266,18 @@ class _Round:
       rows: of each batch that are wanted here, ascending.
     """
     self.key = (number, sites)
-    self._batches = loader._batches
     self._pools = None
     units = loader.units_at(number)
-    place_B, slot_B = np.divmod(rows, loader._slice)
+    place_B = rows // loader._slice
     places = np.unique(place_B)
+    shift_U = np.zeros(len(units), np.int64)
     if loader._whole is None:
       self._join = loader._read(units[places], sites)
-      offset_U = np.zeros(len(units), np.int64)
-      offset_U[places] = np.arange(len(places)) * loader._unit
+      # The pool has the units that are wanted here, one after the other.
+      shift_U[places] = (np.arange(len(places)) - units[places]) * loader._unit
     else:
       self._join = lambda: loader._whole
-      offset_U = units * loader._unit
-    # The same draw on every process, whatever it needs of it.
-    rng = np.random.default_rng((loader._seed, 1, number))
-    dealt_UR = rng.permuted(
-      np.tile(np.arange(loader._unit), (len(units), 1)), axis=1
-    )
-    first_N1 = np.arange(loader._batches)[:, None] * loader._slice
-    self._rows_NB = offset_U[place_B] + dealt_UR[place_B, first_N1 + slot_B]
+    self._rows_NB = loader._deal(number)[:, rows] + shift_U[place_B]
 
   def wait(self) -> None:
     if self._pools is None:
@@ -279,40 +290,3 @@ class _Round:
       site: pool_ND.take(self._rows_NB[i], axis=0)
       for site, pool_ND in self._pools.items()
     }
-
-
-def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """Rows of a batch that this process's devices hold, ascending."""
-  slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-  everything = np.arange(batch_size)
-  return np.unique(np.concatenate([everything[s] for (s,) in slices]))
-
-
-class Placement:
-  """Makes global arrays of activations from rows as they are stored."""
-
-  def __init__(
-    self,
-    store: Store,
-    sites: Sequence[str],
-    sharding: NamedSharding,
-    batch_size: int,
-  ):
-    self._sharding = sharding
-    self._batch_size = batch_size
-    # Decoded behind the transfer, which is of half the bytes.
-    self._decode = {
-      site: e and jax.jit(e.decode, out_shardings=sharding)
-      for site in sites
-      for e in [store.sites[site].encoding]
-    }
-
-  def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    batch = {}
-    for site, x_BD in rows.items():
-      batch[site] = jax.make_array_from_process_local_data(
-        self._sharding, x_BD, (self._batch_size, x_BD.shape[1])
-      )
-      if self._decode[site]:
-        batch[site] = self._decode[site](batch[site])
-    return batch

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gsae_jax.activations.layout import content_hash
-from gsae_jax.activations.loader import Placement, local_rows
+from gsae_jax.activations.placement import Placement, local_rows
 from gsae_jax.activations.shards import row_sums
 from gsae_jax.activations.source import Source
 from gsae_jax.activations.store import Encoding, Site, Store

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsae_jax.activations.loader import Loader, local_rows
+from gsae_jax.activations.loader import Loader
+from gsae_jax.activations.placement import local_rows
 from gsae_jax.activations.store import open_store
 from gsae_jax.errors import UserError
 from gsae_jax.mesh import make_mesh
@@ -136,6 +137,8 @@ def test_host_rows_are_those_of_the_batch(store, in_memory):
   for step in (11, 12, 3):
     want = take(store, 1, start=step)[0][SITE]
     np.testing.assert_array_equal(loader.rows_at(step, SITE), want)
+    rows = store.array(f'{SITE}/activations')[loader.row_numbers(step)]
+    np.testing.assert_array_equal(rows.read().result(), want)
 
 
 def test_a_removed_mean_is_put_back_on_the_device(tmp_path):
