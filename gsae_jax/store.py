@@ -106,17 +106,14 @@ def stats(path: str) -> int:
 
 def squared_norms(store: Store, site: str, rows: int) -> np.ndarray:
   """`||x||^2` of rows in chunks that are evenly spread over a store."""
-  array = store.array(f'{site}/activations')
-  encoding = store.sites[site].encoding
   chunks = -(-store.rows // store.chunk_rows)
   wanted = min(chunks, -(-rows // store.chunk_rows))
   parts = []
   for chunk in np.linspace(0, chunks - 1, wanted).astype(int).tolist():
     first = chunk * store.chunk_rows
     last = min(first + store.chunk_rows, store.rows)
-    x_ND = array[first:last].read().result()
-    x_ND = encoding.decode(x_ND) if encoding else x_ND.astype(np.float32)
-    parts.append(np.sum(x_ND.astype(np.float64) ** 2, 1))
+    x_ND = store.read(site, first, last).astype(np.float64)
+    parts.append(np.sum(x_ND**2, 1))
   return np.concatenate(parts)
 
 

@@ -33,12 +33,14 @@ def run(program, *flags, code=0, **kwargs):
   process = start(program, *flags, **kwargs)
   out, err = process.communicate(timeout=300)
   assert process.returncode == code, err
-  return out if code == 0 else err
+  return out
 
 
 def refuse(program, *flags, match, **kwargs):
   """The command exits with 1, and one line with `match`, not a traceback."""
-  err = run(program, *flags, code=1, **kwargs)
+  process = start(program, *flags, **kwargs)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 1, err
   assert 'Traceback' not in err, err
   lines = [line for line in err.splitlines() if line.startswith('error: ')]
   assert len(lines) == 1 and match in lines[0], err

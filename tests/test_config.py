@@ -92,6 +92,12 @@ def sae(**changes):
     (put('lm', 'gpt2'), "lm must be a group of fields, not 'gpt2'"),
     (put('store.dtype', 'float16'), "'float16' is not one of"),
     (put('store.shard_rows', 1000), '1000 is not a multiple of store.chunk_rows'),
+    (put('store.shard_rows', 4096 * 3), 'buffer_rows: 131072 is not a multiple'),
+    (put('store.buffer_rows', 0), 'store.buffer_rows: 0 is too small'),
+    (put('store.centre', True), 'store.centre: it saves bits of bfloat16'),
+    (put('loader.source', 'disk'), "'disk' is not one of 'store', 'memory'"),
+    (put('loader.unit', 'row'), "'row' is not one of 'chunk', 'shard'"),
+    (put('loader.shuffle_rows', 0), 'loader.shuffle_rows: 0 is too small'),
     (put('eval.parallel', 'xmap'), "'xmap' is not one of 'pmap', 'mesh'"),
     (put('sites', ()), 'field sites is empty'),
     (put('saes', ()), 'field saes is empty'),
@@ -133,5 +139,13 @@ def test_identity_leaves_out_what_may_change_between_starts():
   b.train.checkpoint_every = 3
   same = config_lib.parse(a).identity()
   assert config_lib.parse(b).identity() == same
+  b.loader.source = 'memory'  # Which gives the same batches.
+  assert config_lib.parse(b).identity() == same
+  b.loader.shuffle_rows //= 2
+  assert config_lib.parse(b).identity() != same
+  b.loader.shuffle_rows *= 2
+  b.loader.source = 'stream'
+  assert config_lib.parse(b).identity() != same
+  b.loader.source = 'store'
   b.train.learning_rate = 1.0
   assert config_lib.parse(b).identity() != same

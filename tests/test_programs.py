@@ -239,6 +239,48 @@ def test_training_refuses_stores_and_workdirs_that_do_not_fit(smoke, tmp_path):
   assert (files(store), files(workdir)) == before
 
 
+def test_a_stream_trains_without_a_store_and_goes_on(smoke, tmp_path):
+  flags = (
+    '--config.loader.source=stream', '--config.loader.shuffle_rows=1024',
+    '--config.store.dtype=bfloat16', '--config.store.centre=True',
+    '--config.train.checkpoint_every=10',
+  )  # fmt: skip
+  run('train', f'--workdir={tmp_path}/whole', *flags)
+  run('train', f'--workdir={tmp_path}/cut', *flags)
+  for step in (30, 40):
+    shutil.rmtree(tmp_path / f'cut/checkpoints/{step}')
+  run('train', f'--workdir={tmp_path}/cut', *flags)
+  metrics = [
+    (tmp_path / w / 'metrics.jsonl').read_text() for w in ('whole', 'cut')
+  ]
+  assert metrics[0] == metrics[1]
+  losses = [json.loads(x)['loss'] for x in metrics[0].splitlines()]
+  assert len(losses) == 32 and losses[-1] < losses[3]
+  table = run('evaluate', f'--workdir={tmp_path}/whole', *flags)
+  assert 'gated_mlp_out.0' in table
+  refuse('train', f'--workdir={tmp_path}/x', match='--store is missing')
+  refuse(
+    'train', f'--workdir={tmp_path}/x', f'--store={smoke[0]}', *flags,
+    match="'stream' makes activations anew; leave --store out",
+  )  # fmt: skip
+  refuse(
+    'train', f'--workdir={tmp_path}/whole', *flags,
+    '--config.loader.shuffle_rows=2048', match='another config (loader.shuff',
+  )  # fmt: skip
+
+
+def test_a_store_in_memory_trains_alike(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  shutil.copytree(workdir, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run/checkpoints/40')
+  memory = '--config.loader.source=memory'  # And the run goes on in it.
+  run('train', f'--store={store}', f'--workdir={tmp_path}/run', memory)
+  metrics = 'metrics.jsonl'
+  assert (tmp_path / 'run' / metrics).read_text() == (
+    workdir / metrics
+  ).read_text()
+
+
 def test_training_refuses_another_store_for_the_same_run(smoke, tmp_path):
   _, workdir, *_ = smoke
   run('harvest', f'--store={tmp_path}', '--config.seed=1')

@@ -77,7 +77,11 @@ class Store:
   sites: dict[str, Site]
 
   def array(self, name: str, *, cache_bytes: int = 0) -> ts.TensorStore:
-    """Opens `<site>/activations` or one of the row arrays for reading."""
+    """Opens `<site>/activations` or one of the row arrays, as stored.
+
+    Raises:
+      UserError: it is not there, or not what the manifest says.
+    """
     header = dataclasses.asdict(self)
     header['widths'] = {site: s.width for site, s in self.sites.items()}
     spec = layout.array_specs(self.path, header)[name]
@@ -85,6 +89,12 @@ class Store:
     return layout.open_array(
       spec | {'fill_missing_data_reads': False}, cache_bytes
     )
+
+  def read(self, site: str, first: int, last: int) -> np.ndarray:
+    """The activations `[last - first, D]` of consecutive rows."""
+    stored_ND = self.array(f'{site}/activations')[first:last].read().result()
+    encoding = self.sites[site].encoding
+    return stored_ND if encoding is None else encoding.decode(stored_ND)
 
 
 def differences(have: Any, want: Any, prefix: str = '') -> list[str]:

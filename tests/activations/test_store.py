@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import types
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import tensorstore as ts
 from gsae_jax.activations import layout
 from gsae_jax.activations import store as store_lib
 from gsae_jax.activations.store import open_store
+from gsae_jax.activations.verify import Verifier
 from gsae_jax.errors import UserError
 from tests.activations.conftest import (
   CHUNK,
@@ -59,6 +61,7 @@ def test_a_removed_mean_is_put_back(tmp_path):
   x = site.encoding.decode(stored)
   want = stored.astype(np.float32) / 2 + np.linspace(-40, 40, WIDTH)
   np.testing.assert_allclose(x, want, rtol=1e-6)
+  np.testing.assert_array_equal(store.read('resid_post.1', 30, 99), x[30:99])
   # Statistics are those of the activations.
   np.testing.assert_allclose(site.mean_D, x.mean(0, np.float64), rtol=1e-6)
   np.testing.assert_allclose(
@@ -284,6 +287,51 @@ def test_a_write_that_fails_names_the_shard_and_loses_nothing(tmp_path, whole):
   made = fill(tmp_path)
   assert 1 in made and 0 not in made
   assert files(tmp_path) == files(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A function that mounts a file system of its own, or changes it."""
+  place = tmp_path / 'disk'
+  place.mkdir()
+
+  def mount(options):
+    command = ['mount', '-t', 'tmpfs', '-o', options, 'none', str(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+      pytest.skip(f'needs to mount a file system: {done.stderr.strip()}')
+
+  mount('size=64k')
+  yield place, mount
+  subprocess.run(['umount', str(place)], check=True)
+
+
+def test_a_full_disk_is_named_and_a_larger_one_goes_on(
+  small_disk, whole, monkeypatch
+):
+  place, mount = small_disk
+  plenty = types.SimpleNamespace(free=10**9)  # Others fill it meanwhile.
+  monkeypatch.setattr('shutil.disk_usage', lambda path: plenty)
+  with pytest.raises(UserError, match='cannot write.*No space left on device'):
+    fill(place)
+  mount('remount,size=4m')
+  made = fill(place)
+  assert files(place) == files(whole) and 3 in made
+
+
+def test_a_lost_permission_is_named_and_nothing_is_lost(small_disk, whole):
+  place, mount = small_disk
+  mount('remount,size=4m')
+  with writer(place) as w:
+    put(w, 0), w.flush()
+    mount('remount,ro')
+    put(w, 1)
+    with pytest.raises(UserError, match='cannot write shard 1.*Read-only file'):
+      w.flush()
+  assert Verifier(str(place)).there == [0]  # It can still be looked at.
+  mount('remount,rw')
+  assert fill(place) == [1, 2, 3]
+  assert files(place) == files(whole)
 
 
 def test_urls_become_tensorstore_specs(monkeypatch):
