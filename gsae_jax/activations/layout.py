@@ -142,6 +142,14 @@ def open_array(spec: dict[str, Any], cache_bytes: int = 0) -> ts.TensorStore:
     ) from e
 
 
+def is_damage(error: Exception) -> bool:
+  """Whether an error is about what is there, and not about reaching it."""
+  return str(error).startswith(
+    ('DATA_LOSS', 'NOT_FOUND', 'OUT_OF_RANGE', 'INVALID_ARGUMENT',
+     'FAILED_PRECONDITION')
+  )  # fmt: skip
+
+
 def reason(error: Exception) -> str:
   """The first clause of TensorStore's errors, which go on to list the spec."""
   return str(error).split(' [')[0].splitlines()[0]

@@ -15,7 +15,7 @@ import tensorstore as ts
 from jax.sharding import NamedSharding
 
 from gsae_jax.activations import shards as shards_lib
-from gsae_jax.activations.layout import open_kvstore, reason
+from gsae_jax.activations.layout import open_kvstore
 from gsae_jax.activations.order import Shuffle
 from gsae_jax.activations.placement import Placement, local_rows
 from gsae_jax.activations.store import Store
@@ -201,13 +201,12 @@ class Loader:
     return join
 
   def _keep_fingerprints(self, shard: int, read: ts.Future) -> None:
+    key = shards_lib.shard_key(shards_lib.RECORDS, shard)
     try:
-      record = shards_lib.read_record(
-        read.result().value, self.store.content_hash, shard
-      )
-    except ValueError as e:
-      key = shards_lib.shard_key(shards_lib.RECORDS, shard)
-      raise self._damaged(key, reason(e)) from e
+      raw = shards_lib.arrived(read, f'{self.store.path}/{key}').value
+      record = shards_lib.read_record(raw, self.store.content_hash, shard)
+    except shards_lib.Damaged as e:
+      raise self._damaged(key, e) from e
     self._fingerprints[shard] = {
       site: record.fingerprints[f'{site}/activations'] for site in self._arrays
     }
@@ -225,25 +224,23 @@ class Loader:
     for i, (shard, first) in enumerate(
       zip(shards.tolist(), (firsts // chunk).tolist(), strict=True)
     ):
+      key = shards_lib.shard_key(f'{site}/activations', shard)
       try:
-        pool_ND[i * unit : (i + 1) * unit] = reads[i].result()
-      except ValueError as e:  # TensorStore's word for lost and damaged data.
-        raise self._damaged(self._key(site, shard), reason(e)) from e
+        rows_ND = shards_lib.arrived(reads[i], f'{self.store.path}/{key}')
+      except shards_lib.Damaged as e:
+        raise self._damaged(key, e) from e
+      pool_ND[i * unit : (i + 1) * unit] = rows_ND
       reads[i] = None  # Not twice in memory.
       known = self._fingerprints[shard][site]
       wanted.append(known[first : first + unit // chunk])
     same = shards_lib.fingerprints(pool_ND, chunk) == np.concatenate(wanted)
     if not same.all():
       bad = int(np.argmin(same)) // (unit // chunk)
-      raise self._damaged(
-        self._key(site, shards[bad]), 'its rows are not those that were written'
-      )
+      key = shards_lib.shard_key(f'{site}/activations', shards[bad])
+      raise self._damaged(key, 'its rows are not those that were written here')
     return pool_ND
 
-  def _key(self, site: str, shard: int) -> str:
-    return shards_lib.shard_key(f'{site}/activations', shard)
-
-  def _damaged(self, key: str, why: str) -> UserError:
+  def _damaged(self, key: str, why: object) -> UserError:
     path = self.store.path
     return UserError(
       f'--store: {path}/{key}: {why}; run `python -m gsae_jax.store verify '

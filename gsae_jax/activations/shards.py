@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from gsae_jax.activations.layout import ROW_ARRAYS, reason
+from gsae_jax.activations.layout import ROW_ARRAYS, is_damage, reason
 from gsae_jax.activations.store import Encoding
+from gsae_jax.errors import UserError
 
 RECORDS = 'records'
 _BLOCK = 1024  # Rows that are float64 at once.
@@ -60,17 +61,17 @@ def read_record(raw: bytes, store: str, shard: int) -> Record:
   """The other direction of `to_json`.
 
   Raises:
-    ValueError: it is damaged, or of another store or shard.
+    Damaged: it is not what was written, or is of another store or shard.
   """
   try:
     body = json.loads(raw)
     digest = body.pop('digest')
   except (ValueError, KeyError, AttributeError, TypeError) as e:
-    raise ValueError('the record is damaged') from e
+    raise Damaged('the record is damaged') from e
   if digest != _digest(body):
-    raise ValueError('the record is damaged')
+    raise Damaged('the record is damaged')
   if (body['store'], body['shard']) != (store, shard):
-    raise ForeignShard(
+    raise Foreign(
       f'it is shard {body["shard"]} of the store {body["store"][:12]}'
     )
   numbers = lambda h: np.frombuffer(bytes.fromhex(h), '>u8').astype(np.uint64)
@@ -81,8 +82,31 @@ def read_record(raw: bytes, store: str, shard: int) -> Record:
   )
 
 
-class ForeignShard(ValueError):
+class Damaged(Exception):
+  """What is there is not what was written."""
+
+
+class Foreign(Damaged):
   """A sound shard that belongs elsewhere."""
+
+
+def arrived(read: ts.Future, key: str) -> Any:
+  """What a read gives.
+
+  Args:
+    read: under way.
+    key: what is being read, for the error.
+
+  Raises:
+    Damaged: it is lost, or its checksum does not hold.
+    UserError: it cannot be told, because the storage does not answer or forbids.
+  """
+  try:
+    return read.result()
+  except ValueError as e:  # All of TensorStore's errors are.
+    if is_damage(e):
+      raise Damaged(reason(e)) from e
+    raise UserError(f'--store: cannot read {key}: {reason(e)}') from e
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -183,25 +207,18 @@ def shard_key(name: str, shard: int) -> str:
 def check_rows(
   record: Record,
   name: str,
-  rows: ts.Future,
+  rows: np.ndarray,
   *,
   chunk_rows: int,
-  first_chunk: int = 0,
-) -> str | None:
-  """What is wrong with rows that were read from a shard, or None.
+) -> None:
+  """Raises Damaged when rows are not those that begin a shard.
 
   Args:
     record: the shard's.
     name: the array.
-    rows: being read; they begin at a chunk's first row.
+    rows: from the shard's first on, some or all.
     chunk_rows: rows of an inner chunk.
-    first_chunk: in the shard.
   """
-  try:
-    have = fingerprints(rows.result(), chunk_rows)
-  except ValueError as e:  # TensorStore's word for lost and for damaged data.
-    return reason(e)
-  want = record.fingerprints.get(name, have[:0])
-  if not np.array_equal(have, want[first_chunk : first_chunk + len(have)]):
-    return 'its rows are not those that were written here'
-  return None
+  have = fingerprints(rows, chunk_rows)
+  if not np.array_equal(have, record.fingerprints[name][: len(have)]):
+    raise Damaged('its rows are not those that were written here')

@@ -68,6 +68,8 @@ class Verifier:
           spec | {'fill_missing_data_reads': False}
         )
       except UserError as e:
+        if not layout.is_damage(e.__cause__):
+          raise
         if self.there:
           bad.append(Damage(None, f'{name}/zarr.json', str(e.__cause__)[:200]))
     yield bad
@@ -96,18 +98,20 @@ class Verifier:
       yield Damage(shard, key, 'is missing')
       return
     try:
-      record = shards_lib.read_record(
-        record.result().value, self.manifest['content_hash'], shard
-      )
-    except ValueError as e:
+      raw = shards_lib.arrived(record, f'{self.path}/{key}').value
+      record = shards_lib.read_record(raw, self.manifest['content_hash'], shard)
+    except shards_lib.Damaged as e:
       yield Damage(shard, key, str(e))
       return
-    for name, future in rows.items():
-      why = shards_lib.check_rows(
-        record, name, future, chunk_rows=self.manifest['chunk_rows']
-      )
-      if why:
-        yield Damage(shard, shards_lib.shard_key(name, shard), why)
+    for name, read in rows.items():
+      key = shards_lib.shard_key(name, shard)
+      try:
+        values = shards_lib.arrived(read, f'{self.path}/{key}')
+        shards_lib.check_rows(
+          record, name, values, chunk_rows=self.manifest['chunk_rows']
+        )
+      except shards_lib.Damaged as e:
+        yield Damage(shard, key, str(e))
 
   def repair(self, bad: Iterable[Damage]) -> None:
     """Deletes what is bad, so that harvest writes exactly that again."""

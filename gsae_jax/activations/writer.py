@@ -160,18 +160,17 @@ class StoreWriter:
       ]
       for shard, (record, chunks) in started:
         try:
-          record = shards_lib.read_record(
-            record.result().value, self._header['content_hash'], shard
-          )
-        except shards_lib.ForeignShard:
+          record = self._record(shard, record)
+          for name, rows in chunks.items():
+            rows = shards_lib.arrived(rows, f'{self.path}/{name}')
+            shards_lib.check_rows(
+              record, name, rows, chunk_rows=self._chunk_rows
+            )
+          missing[shard] = False
+        except shards_lib.Foreign:
           foreign += 1
-          continue
-        except ValueError:
-          continue
-        missing[shard] = any(
-          shards_lib.check_rows(record, name, rows, chunk_rows=self._chunk_rows)
-          for name, rows in chunks.items()
-        )
+        except shards_lib.Damaged:
+          pass  # Missing, then.
     if foreign and foreign == len(there):
       raise UserError(
         f'--store: the manifest at {self.path} is of this harvest, but every '
@@ -179,6 +178,10 @@ class StoreWriter:
         'folder'
       )
     return missing
+
+  def _record(self, shard: int, read: ts.Future) -> shards_lib.Record:
+    raw = shards_lib.arrived(read, f'{self.path}/{RECORDS}').value
+    return shards_lib.read_record(raw, self._header['content_hash'], shard)
 
   def _start_check(self, shard: int):
     start, stop = self._bounds(shard)
@@ -287,9 +290,13 @@ class StoreWriter:
       numbers = range(i, min(i + _CHECKED_AT_ONCE, self.shards))
       reads = [self._kv.read(shards_lib.shard_key(RECORDS, s)) for s in numbers]
       for shard, read in zip(numbers, reads, strict=True):
-        record = shards_lib.read_record(
-          read.result().value, self._header['content_hash'], shard
-        )
+        try:
+          record = self._record(shard, read)
+        except shards_lib.Damaged as e:
+          key = shards_lib.shard_key(RECORDS, shard)
+          raise UserError(
+            f'--store: {self.path}/{key}: {e}; run the same command again'
+          ) from e
         for site in widths:
           sums[site] += record.sums[site]
           squares[site] += record.squares[site]

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from gsae_jax.activations import shards
 from gsae_jax.activations.verify import Verifier
@@ -132,10 +134,23 @@ def test_records_come_back_and_notice_changes(whole):
   store = manifest['content_hash']
   record = shards.read_record(raw, store, 0)
   assert record.to_json(store, 0) == raw
-  with pytest.raises(shards.ForeignShard, match='shard 0 of the store'):
+  with pytest.raises(shards.Foreign, match='shard 0 of the store'):
     shards.read_record(raw, store, 1)
-  with pytest.raises(shards.ForeignShard):
+  with pytest.raises(shards.Foreign):
     shards.read_record(raw, 'f' * 64, 0)
   for bad in (raw[:-1], raw.replace(b'"shard": 0', b'"shard": 1'), b'[]', b''):
-    with pytest.raises(ValueError, match='damaged'):
+    with pytest.raises(shards.Damaged, match='damaged'):
       shards.read_record(bad, store, 1)
+
+
+def test_storage_that_does_not_answer_is_no_damage(whole, monkeypatch):
+  # Else `--repair` would delete what is sound.
+  def fail(self, *unused, **also_unused):
+    promise, future = ts.Promise.new()
+    promise.set_exception(ValueError('UNAVAILABLE: try later [source=x]'))
+    return future
+
+  verifier = Verifier(str(whole))
+  monkeypatch.setattr(verifier, '_kv', types.SimpleNamespace(read=fail))
+  with pytest.raises(UserError, match='cannot read .*0.json: UNAVAILABLE: try'):
+    list(verifier.damage())
