@@ -3,12 +3,12 @@ r"""Activation store: speed against the disk's own, memory, and what training ea
   python benchmarks/store.py --folder=DIR        a few minutes, 3 GB in DIR
 
 Everything that is compared is measured in the same run, by turns; figures are
-medians. As root the page cache is dropped before each cold read.
+medians. The page cache is dropped before each read, which takes root.
 """
 
+import ctypes
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -112,6 +112,7 @@ def read(path: str, shape: str, seconds: float = 4.0, **changes) -> float:
   """Rows per second as device arrays."""
   loader = open_loader(path, shape, **changes)
   batches = loader.batches(NamedSharding(make_mesh(-1, 1), P('data')), start=0)
+  jax.block_until_ready(next(batches))  # Behind the first round.
   begun, count = time.perf_counter(), 0
   while time.perf_counter() - begun < seconds:
     jax.block_until_ready(next(batches))
@@ -161,12 +162,22 @@ def step_rate(path: str, seconds: float = 4.0) -> float:
   return count * config.train.batch_size / (time.perf_counter() - begun)
 
 
+def resident(which: str) -> int:
+  """Bytes of this process's memory: now, or at its peak."""
+  with open('/proc/self/status') as f:
+    (line,) = (x for x in f if x.startswith(which))
+  return int(line.split()[1]) * 1024
+
+
 def peak(part: str, shape: str) -> None:
   """Prints by how much a writer's or a loader's run raised the peak memory."""
   path = os.path.join(_FOLDER.value, shape)
   values = rows_of(shape) if part == 'write' else None
+  ctypes.CDLL('libc.so.6').malloc_trim(0)
   jax.block_until_ready(jax.numpy.zeros(1))
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  before = resident('VmRSS')
+  with open('/proc/self/clear_refs', 'w') as f:
+    f.write('5')  # Forgets the peak so far.
   if part == 'write':
     with open_writer(path + '_peak', shape) as writer:
       for buffer in writer.missing_buffers()[:-1]:
@@ -177,14 +188,16 @@ def peak(part: str, shape: str) -> None:
   else:
     mixed = SHAPES[shape][-1] if part == 'chunk' else 8 * SHAPES[shape][3]
     read(path, shape, unit=part, shuffle_rows=mixed)
-  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  print(json.dumps((after - before) * 1024))
+  print(json.dumps(resident('VmHWM') - before))
 
 
 def peak_of(part: str, shape: str) -> float:
   command = [sys.executable, __file__, f'--folder={_FOLDER.value}']
   out = subprocess.run(
-    [*command, f'--part={part}:{shape}'], check=True, stdout=subprocess.PIPE
+    [*command, f'--part={part}:{shape}'],
+    env={k: v for k, v in os.environ.items() if not k.startswith('MALLOC')},
+    check=True,
+    stdout=subprocess.PIPE,
   ).stdout
   return json.loads(out.splitlines()[-1])
 
@@ -202,17 +215,16 @@ def bench(shape: str) -> None:
 
   cold = False
   for _ in range(_ROUNDS.value):
+    os.sync()
     note('raw write', raw_write(raw, rows * row))
     note('store write', write(path, shape))
-    for temperature in ('cold', 'warm'):
-      for name, measure in (
-        ('raw', lambda: raw_read(raw)),
-        ('chunks', lambda: row * read(path, shape)),
-        ('shards', lambda: row * read(path, shape, **shards)),
-      ):
-        if temperature == 'cold':
-          cold = drop_caches()
-        note(f'{name} {temperature}', measure())
+    for name, measure in (
+      ('raw read', lambda: raw_read(raw)),
+      ('chunks read', lambda: row * read(path, shape)),
+      ('shards read', lambda: row * read(path, shape, **shards)),
+    ):
+      cold = drop_caches()
+      note(name, measure())
   medians = {k: statistics.median(v) for k, v in found.items()}
   print(
     f'\n{shape}: {rows:,} x {width} {dtype}, shards of {shard:,}, chunks of '
@@ -220,8 +232,7 @@ def bench(shape: str) -> None:
     f'{"" if cold else " (the page cache could not be dropped)"}'
   )
   for name, value in medians.items():
-    kind = name.split()[-1]
-    base = medians['raw write' if kind == 'write' else f'raw {kind}']
+    base = medians[f'raw {name.split()[-1]}']
     print(
       f'  {name:14}{value / 1e9:8.2f} GB/s{value / row:14,.0f} rows/s'
       f'{value / base:8.2f} of raw'

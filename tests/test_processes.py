@@ -94,7 +94,8 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 2)
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from gsae_jax.activations.loader import Loader
+from gsae_jax.activations import loader as loader_lib
+from gsae_jax.activations.loader import Loader, Pool
 from gsae_jax.activations.store import open_store
 store, out, port, me = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 jax.distributed.initialize(f'127.0.0.1:{port}', 2, me)
@@ -109,8 +110,7 @@ settings = json.loads(sys.argv[5])
 for name, mesh in meshes.items():
   loader = Loader(open_store(store), ('mlp_out.0',), **settings)
   reads = []
-  inner = loader._read
-  loader._read = lambda u, s: reads.append(len(u)) or inner(u, s)
+  loader_lib.Pool = lambda r, u, s: reads.append(len(u)) or Pool(r, u, s)
   sharding = NamedSharding(Mesh(mesh, ('data', 'model')), P('data'))
   batches = itertools.islice(loader.batches(sharding, start=3), 40)
   found = {}

@@ -11,24 +11,21 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-import tensorstore as ts
 from jax.sharding import NamedSharding
 
-from gsae_jax.activations import shards as shards_lib
-from gsae_jax.activations.layout import open_kvstore
 from gsae_jax.activations.order import Shuffle
 from gsae_jax.activations.placement import Placement, local_rows
+from gsae_jax.activations.reading import Pool, Reader
 from gsae_jax.activations.store import Store
 from gsae_jax.errors import UserError
-
-_CACHE_BYTES = 64 * 2**20  # Shard indices, 16 bytes a chunk.
 
 
 class Loader:
   """Batches of several sites' rows, the same rows for every site.
 
-  Holds two rounds in memory, one in use and one that is being read, and for
-  every shard that was read 8 bytes per chunk and site.
+  Holds two rounds in memory, one in use and one that is being read while the
+  first is used up; some 64 MB that are on their way (or two units, if they are
+  larger); and for every shard that was read 8 bytes per chunk and site.
 
   Attributes:
     store: where the rows are.
@@ -62,18 +59,14 @@ class Loader:
     self.batch_size = batch_size
     self._seed = seed
     self.store = store
-    self._kv = open_kvstore(store.path)
     self._unit = {'chunk': store.chunk_rows, 'shard': store.shard_rows}[unit]
     self._units = store.rows // self._unit
     self._per_round = shuffle_rows // self._unit
     self._batches = shuffle_rows // batch_size
     self._check_sizes(unit, shuffle_rows)
     self._slice = self._unit // self._batches
-    self._fingerprints: dict[int, dict[str, np.ndarray]] = {}
-    self._arrays = {
-      site: store.array(f'{site}/activations', cache_bytes=_CACHE_BYTES)
-      for site in sites
-    }
+    self._sites = tuple(sites)
+    self._reader = Reader(store, sites, self._unit)
     self._held = None  # The round that `rows_at` asked for last.
     self._whole = None
     if in_memory:
@@ -147,105 +140,27 @@ class Loader:
       sharding: of the batch axis; a process reads only what its devices hold.
       start: the first step.
     """
-    sites = tuple(self._arrays)
+    sites = self._sites
     rows = local_rows(sharding, self.batch_size)
     place = Placement(self.store, sites, sharding, self.batch_size)
     begin, first = divmod(start, self._batches)
     following = _Round(self, begin, sites, rows)
     for number in itertools.count(begin + 1):
       current = following
-      current.wait()
+      # The memory of the round before, which is used up, serves the next.
       following = _Round(self, number, sites, rows)
       for i in range(first, self._batches):
         yield place(current.batch(i))
+        following.advance((i + 1) / self._batches)
+      current.release()
       first = 0
 
   def _read_whole(self, sites: Sequence[str]) -> dict[str, np.ndarray]:
-    whole = {
-      site: np.empty(
-        (self._units * self._unit, self.store.sites[site].width),
-        self._arrays[site].dtype.numpy_dtype,
-      )
-      for site in sites
-    }
-    for first in range(0, self._units, self._per_round):
-      units = np.arange(first, min(first + self._per_round, self._units))
-      at = first * self._unit
-      for site, rows_ND in self._read(units, sites)().items():
-        whole[site][at : at + len(rows_ND)] = rows_ND
+    whole = {}
+    for site in sites:
+      pool = Pool(self._reader, np.arange(self._units), (site,))
+      whole |= pool.rows()
     return whole
-
-  def _read(self, units: np.ndarray, sites: Sequence[str]):
-    """Starts reading units; the result waits, checks and joins them."""
-    shard_of = units * self._unit // self.store.shard_rows
-    new = sorted({*shard_of.tolist()} - self._fingerprints.keys())
-    records = {
-      s: self._kv.read(shards_lib.shard_key(shards_lib.RECORDS, s)) for s in new
-    }
-    with ts.Batch() as batch:
-      reads = {
-        site: [
-          self._arrays[site][u * self._unit : (u + 1) * self._unit].read(
-            batch=batch
-          )
-          for u in units.tolist()
-        ]
-        for site in sites
-      }
-
-    def join() -> dict[str, np.ndarray]:
-      for shard, read in records.items():
-        self._keep_fingerprints(shard, read)
-      return {site: self._join(site, units, r) for site, r in reads.items()}
-
-    return join
-
-  def _keep_fingerprints(self, shard: int, read: ts.Future) -> None:
-    key = shards_lib.shard_key(shards_lib.RECORDS, shard)
-    try:
-      raw = shards_lib.arrived(read, f'{self.store.path}/{key}').value
-      record = shards_lib.read_record(raw, self.store.content_hash, shard)
-    except shards_lib.Damaged as e:
-      raise self._damaged(key, e) from e
-    self._fingerprints[shard] = {
-      site: record.fingerprints[f'{site}/activations'] for site in self._arrays
-    }
-
-  def _join(
-    self, site: str, units: np.ndarray, reads: list[ts.Future]
-  ) -> np.ndarray:
-    """The units' rows, one after the other, when they are what was written."""
-    unit, chunk = self._unit, self.store.chunk_rows
-    width = self.store.sites[site].width
-    dtype = self._arrays[site].dtype.numpy_dtype
-    pool_ND = np.empty((len(units) * unit, width), dtype)
-    shards, firsts = np.divmod(units * unit, self.store.shard_rows)
-    wanted = []
-    for i, (shard, first) in enumerate(
-      zip(shards.tolist(), (firsts // chunk).tolist(), strict=True)
-    ):
-      key = shards_lib.shard_key(f'{site}/activations', shard)
-      try:
-        rows_ND = shards_lib.arrived(reads[i], f'{self.store.path}/{key}')
-      except shards_lib.Damaged as e:
-        raise self._damaged(key, e) from e
-      pool_ND[i * unit : (i + 1) * unit] = rows_ND
-      reads[i] = None  # Not twice in memory.
-      known = self._fingerprints[shard][site]
-      wanted.append(known[first : first + unit // chunk])
-    same = shards_lib.fingerprints(pool_ND, chunk) == np.concatenate(wanted)
-    if not same.all():
-      bad = int(np.argmin(same)) // (unit // chunk)
-      key = shards_lib.shard_key(f'{site}/activations', shards[bad])
-      raise self._damaged(key, 'its rows are not those that were written here')
-    return pool_ND
-
-  def _damaged(self, key: str, why: object) -> UserError:
-    path = self.store.path
-    return UserError(
-      f'--store: {path}/{key}: {why}; run `python -m gsae_jax.store verify '
-      f'{path} --repair`, and then the same gsae_jax.harvest again'
-    )
 
 
 class _Round:
@@ -263,27 +178,33 @@ class _Round:
       rows: of each batch that are wanted here, ascending.
     """
     self.key = (number, sites)
-    self._pools = None
     units = loader.units_at(number)
     place_B = rows // loader._slice
     places = np.unique(place_B)
+    self._count = len(places)
+    self._pool = None
+    self._whole = loader._whole
     shift_U = np.zeros(len(units), np.int64)
-    if loader._whole is None:
-      self._join = loader._read(units[places], sites)
+    if self._whole is None:
+      self._pool = Pool(loader._reader, units[places], sites)
       # The pool has the units that are wanted here, one after the other.
       shift_U[places] = (np.arange(len(places)) - units[places]) * loader._unit
-    else:
-      self._join = lambda: loader._whole
     self._rows_NB = loader._deal(number)[:, rows] + shift_U[place_B]
 
-  def wait(self) -> None:
-    if self._pools is None:
-      self._pools = self._join()
+  def advance(self, share: float) -> None:
+    """Reads on until that share of the round has arrived."""
+    if self._pool:
+      self._pool.advance(int(share * self._count))
+
+  def release(self) -> None:
+    """Gives its memory to a round to come."""
+    if self._pool:
+      self._pool.release()
 
   def batch(self, i: int) -> dict[str, np.ndarray]:
     """The wanted rows of one of its batches, as stored."""
-    self.wait()
+    pools = self._pool.rows() if self._pool else self._whole
     return {
       site: pool_ND.take(self._rows_NB[i], axis=0)
-      for site, pool_ND in self._pools.items()
+      for site, pool_ND in pools.items()
     }

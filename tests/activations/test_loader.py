@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsae_jax.activations import loader as loader_lib
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.placement import local_rows
 from gsae_jax.activations.store import open_store
@@ -180,27 +181,24 @@ class PartOfTheRows:
 
 def test_a_process_reads_only_the_units_of_its_rows(store, monkeypatch):
   loader = open_loader(store)
+  want = take(store, 8)
   read = []
-  start = loader._read
+  pool = loader_lib.Pool
   monkeypatch.setattr(
-    loader, '_read', lambda u, s: read.append(u) or start(u, s)
+    loader_lib, 'Pool', lambda r, u, s: read.append(u) or pool(r, u, s)
   )
   # A device's rows may begin in the middle of what a unit gives to a batch.
   for part, units in ((slice(128, 256), range(32, 64)), (slice(0, 6), [0, 1])):
     rows = local_rows(PartOfTheRows(part), BATCH)
     np.testing.assert_array_equal(rows, np.arange(BATCH)[part])
-    batches = loader_rounds(loader, rows)
-    want = take(store, 8)
-    for i, got in enumerate(batches):
+    for i, got in enumerate(loader_rounds(loader, rows)):
       np.testing.assert_array_equal(got, np.asarray(want[i][SITE])[part])
     assert [len(u) for u in read[-2:]] == [len(units)] * 2
     np.testing.assert_array_equal(read[-2], loader.units_at(0)[list(units)])
 
 
 def loader_rounds(loader, rows):
-  from gsae_jax.activations.loader import _Round
-
-  rounds = [_Round(loader, i, (SITE,), rows) for i in range(2)]
+  rounds = [loader_lib._Round(loader, i, (SITE,), rows) for i in range(2)]
   return [r.batch(i)[SITE] for r in rounds for i in range(4)]
 
 
