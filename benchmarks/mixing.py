@@ -1,6 +1,6 @@
 r"""How well batches are mixed, against a full random permutation.
 
-  python benchmarks/mixing.py --folder=DIR       5 minutes, 1 GB in DIR
+  python benchmarks/mixing.py --folder=DIR       a minute, 1 GB in DIR
 
 Harvests the quickstart's store with buffers of several sizes, and looks at the
 batches that the loader makes of each.
