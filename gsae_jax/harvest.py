@@ -7,6 +7,7 @@ by several processes (--coordinator), each makes whole buffers of its own.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -32,11 +33,16 @@ def open_writer(
   identity: dict,
   provenance: dict,
 ) -> StoreWriter:
-  """The writer of the store that a config describes."""
+  """The writer of the store that a config describes, on every process.
+
+  The first process makes the store and finds out what is missing; the others
+  find it there and are told.
+  """
   make_encodings = lambda: dict.fromkeys(config.sites)
   if config.store.centre:
     make_encodings = source.encodings
-  return StoreWriter(
+  make = functools.partial(
+    StoreWriter,
     _STORE.value,
     identity=plain(identity),
     provenance=provenance,
@@ -48,6 +54,16 @@ def open_writer(
     dtype=config.store.dtype,
     make_encodings=make_encodings,
   )
+  missing = np.zeros(-(-config.store.tokens // config.store.shard_rows), int)
+  with processes.together():
+    if jax.process_index() == 0:
+      writer = make()
+      missing = writer.missing.astype(int)
+  missing = processes.agreed(missing).astype(bool)
+  with processes.together():
+    if jax.process_index():
+      writer = make(missing=missing)
+  return writer
 
 
 def fill(
@@ -55,7 +71,6 @@ def fill(
 ) -> None:
   """Writes this process's share of what is missing, in step with the others."""
   me, count = jax.process_index(), jax.process_count()
-  writer.missing[:] = processes.agreed(writer.missing.astype(np.int32))
   todo = writer.missing_buffers()
   # Buffer i is made by process i modulo their number, however many there are.
   shares = [[b for b in todo if b % count == p] for p in range(count)]
@@ -103,13 +118,7 @@ def main() -> int:
       seed=config.seed,
       devices=jax.local_devices(),
     )
-  make = lambda: open_writer(config, source, identity, provenance)
-  # The first process makes the store, and the others find it there.
-  with processes.together():
-    writer = make() if jax.process_index() == 0 else None
-  with processes.together():
-    writer = writer or make()
-  with writer:
+  with open_writer(config, source, identity, provenance) as writer:
     fill(writer, source, preempted)
   if jax.process_index() == 0:
     print(f'{writer.rows} rows of {", ".join(config.sites)} in {_STORE.value}')

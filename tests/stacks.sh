@@ -32,7 +32,8 @@ stack() { # name, Python version, constraints...
   echo "stack $name: $("$venv/bin/python" -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)')"
   "$venv/bin/python" -m pytest -q -m 'not slow' \
     tests/lm tests/activations tests/sae tests/training tests/evaluation \
-    tests/test_restore.py tests/test_config.py \
+    tests/test_restore.py tests/test_config.py tests/test_paths.py \
+    tests/test_processes.py tests/test_object_storage.py \
     tests/test_programs.py::test_the_four_commands_leave_what_the_contract_says
 }
 

@@ -45,6 +45,7 @@ class StoreWriter:
     buffer_rows: int,
     dtype: str,
     make_encodings: Callable[[], dict[str, Encoding | None]],
+    missing: np.ndarray | None = None,
   ):
     """Opens or creates the store.
 
@@ -60,6 +61,7 @@ class StoreWriter:
       dtype: 'bfloat16' or 'float32'.
       make_encodings: how to store each site; asked only when the store is new,
         because they are part of it.
+      missing: bool `[shards]`, when somebody else has looked already.
 
     Raises:
       UserError: another store is there, or the place cannot be written.
@@ -91,7 +93,7 @@ class StoreWriter:
         name: ts.open(spec, create=True, open=True).result()
         for name, spec in layout.array_specs(path, self._header).items()
       }
-      self.missing = self._find_missing()
+      self.missing = self._find_missing() if missing is None else missing
       if self.missing.any() and 'sites' in manifest:
         self._write_manifest({})  # Unfinished again, until they are there.
     except UserError:
@@ -102,7 +104,7 @@ class StoreWriter:
       ) from e
     self._check_space()
     self._writing: list[concurrent.futures.Future] = []
-    # Of two, one computes sums while the other waits for the disk.
+    # Of two, one computes while the other waits for the disk.
     self._threads = concurrent.futures.ThreadPoolExecutor(2, 'store-writer')
 
   def __enter__(self):
@@ -127,8 +129,7 @@ class StoreWriter:
       manifest = layout.read_manifest(self.path)
       if manifest is None:
         raise UserError(
-          f'--store: cannot write {self.path}: what was written is not there; '
-          'check that the bucket exists'
+          f'--store: cannot write {self.path}; check that the bucket exists'
         )
     want = {
       k: v

@@ -105,6 +105,30 @@ def test_every_mesh_gets_the_same_global_batches(store, mesh, order):
   assert x.sharding.shard_shape(x.shape) == (BATCH // mesh[0], 16)
 
 
+def test_two_rounds_are_in_memory_and_the_next_is_read_meanwhile(
+  store, monkeypatch
+):
+  arrived, pools = [], []
+
+  class Watched(loader_lib.Pool):
+    def __init__(self, *args):
+      super().__init__(*args)
+      pools.append(self)
+      self.memory = self._rows[SITE].ctypes.data
+
+  monkeypatch.setattr(loader_lib, 'Pool', Watched)
+  monkeypatch.setattr('gsae_jax.activations.reading._UNDER_WAY', 0)
+  sharding = NamedSharding(make_mesh(4, 1), P('data'))
+  # Rounds of four batches, from 64 chunks.
+  batches = open_loader(store).batches(sharding, start=0)
+  for i in range(20):
+    next(batches)
+    arrived.append(pools[-1]._arrived)
+    assert len(pools) == 2 + i // 4
+  assert arrived[:4] == [0, 16, 32, 48] == arrived[8:12]
+  assert len({p.memory for p in pools}) == 2
+
+
 @pytest.mark.parametrize('order', ORDERS[::3])
 def test_memory_gives_the_batches_of_the_store(store, order):
   for got, want in zip(
