@@ -131,11 +131,8 @@ class StoreWriter:
         raise UserError(
           f'--store: cannot write {self.path}; check that the bucket exists'
         )
-    want = {
-      k: v
-      for k, v in self._header.items()
-      if k not in ('content_hash', 'encodings')
-    }
+    derived = 'content_hash', 'encodings'
+    want = {k: v for k, v in self._header.items() if k not in derived}
     different = store_lib.differences({k: manifest.get(k) for k in want}, want)
     if different:
       raise UserError(

@@ -105,7 +105,9 @@ def test_buffers_depend_on_seed_and_epoch_and_not_on_devices(
   np.testing.assert_allclose(one['mlp_out.0'], other['mlp_out.0'], atol=1e-5)
   seed = buffer(source(embedded, contexts, seed=1), 1)
   epoch = buffer(source(embedded, contexts, epoch=1), 1)
-  assert not same(one, seed) and not same(one, epoch)
+  for other in (seed, epoch):  # Other contexts, in another order.
+    shared = np.intersect1d(one['context_ids'], other['context_ids'])
+    assert len(shared) < 0.7 * len(np.unique(one['context_ids']))
   again = source(embedded, contexts)
   again.set_epoch(1)
   assert same(buffer(again, 1), epoch)

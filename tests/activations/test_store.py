@@ -106,6 +106,15 @@ def test_the_size_of_the_buffer_does_not_change_the_files(tmp_path, whole):
   assert files(tmp_path) == files(whole)
 
 
+def test_a_shard_of_zeros_is_a_shard(tmp_path):
+  zeros = {k: np.zeros_like(v) for k, v in make_rows(0, ROWS).items()}
+  with writer(tmp_path, buffer_rows=4 * SHARD) as w:
+    w.put(0, zeros), w.flush(), w.finish()
+  assert fill(tmp_path) == []
+  assert (tmp_path / 'special/c/3').exists()
+  assert not open_store(str(tmp_path)).read('mlp_out.0', 0, ROWS).any()
+
+
 def test_two_writers_of_one_shard_do_no_harm(tmp_path, whole):
   with writer(tmp_path) as a, writer(tmp_path) as b:
     for buffer in range(4):
