@@ -89,6 +89,15 @@ def test_a_flipped_bit_in_the_middle_is_repaired_too(tmp_path, whole):
   assert files(tmp_path) == files(whole)
 
 
+def test_a_lost_record_is_damage_of_a_finished_store_only(tmp_path):
+  fill(tmp_path)
+  (tmp_path / 'records/3.json').unlink()
+  (bad,) = verify(tmp_path)
+  assert (bad.shard, bad.key, bad.why) == (3, 'records/3.json', 'is missing')
+  with writer(tmp_path):  # Which knows that it is not finished.
+    assert verify(tmp_path) == []
+
+
 def test_lost_metadata_of_an_array_is_found(tmp_path, whole):
   fill(tmp_path)
   (tmp_path / 'positions/zarr.json').unlink()
@@ -154,3 +163,9 @@ def test_storage_that_does_not_answer_is_no_damage(whole, monkeypatch):
   monkeypatch.setattr(verifier, '_kv', types.SimpleNamespace(read=fail))
   with pytest.raises(UserError, match='cannot read .*0.json: UNAVAILABLE: try'):
     list(verifier.damage())
+  monkeypatch.undo()
+  closed = ts.Promise.new()
+  closed[0].set_exception(ValueError('PERMISSION_DENIED: no [source=x]'))
+  monkeypatch.setattr(ts, 'open', lambda *unused, **also_unused: closed[1])
+  with pytest.raises(UserError, match='PERMISSION_DENIED: no'):
+    list(Verifier(str(whole)).damage())

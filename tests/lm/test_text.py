@@ -88,7 +88,7 @@ def test_every_token_knows_its_document(tokenizer):
       if packing == 'stream' and i < 2:
         # All of it, and a BOS in front, and one wherever a context begins.
         assert len(got) == len(want)
-        cuts = mine[1:, 0] & mine[:-1, -1]
+        cuts = mine[1:, 1] & mine[:-1, -1]
         assert (mine & contexts.special_CL).sum() == 1 + cuts.sum()
   digest = hashlib.sha256(texts[0].encode()).hexdigest()
   assert text.document_id(texts[0]) == int(digest[:16], 16)
