@@ -21,7 +21,7 @@ from gsae_jax.activations.source import open_source
 from gsae_jax.activations.store import open_store
 from gsae_jax.activations.writer import StoreWriter
 
-_FOLDER = flags.DEFINE_string('folder', '/tmp/gsae_bench', 'For the stores.')
+_FOLDER = flags.DEFINE_string('folder', None, 'For the stores.')
 SITE = 'mlp_out.0'
 BATCHES = 200
 
@@ -101,7 +101,7 @@ def main(unused):
   )
   print('|---|---|---|---|---|---|')
   for buffer in (shard, 8 * shard, 61 * shard):
-    path = os.path.join(_FOLDER.value, str(buffer))
+    path = os.path.join(_FOLDER.value, f'gsae_mixing_{buffer}')
     harvest(path, buffer)
     measures = Measures(path)
     store = open_store(path)
@@ -135,4 +135,5 @@ def main(unused):
 
 
 if __name__ == '__main__':
+  flags.mark_flag_as_required('folder')
   app.run(main)

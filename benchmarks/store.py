@@ -30,7 +30,9 @@ from gsae_jax.activations.writer import StoreWriter
 from gsae_jax.mesh import make_mesh
 from gsae_jax.training.members import build_members
 
-_FOLDER = flags.DEFINE_string('folder', '/tmp/gsae_bench', 'On the disk.')
+_FOLDER = flags.DEFINE_string(
+  'folder', None, 'On the disk; gsae_bench is made in it, and deleted.'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Measurements of each thing.')
 _PART = flags.DEFINE_string('part', None, 'One measurement; for subprocesses.')
 
@@ -41,6 +43,10 @@ SHAPES = {
   'gemma_2_2b': (262_144, 2304, 'bfloat16', 8_192, 64, 65_536, 4096, 16_384),
 }
 MB = 2**20
+
+
+def place(name: str) -> str:
+  return os.path.join(_FOLDER.value, 'gsae_bench', name)
 
 
 def drop_caches() -> bool:
@@ -171,7 +177,7 @@ def resident(which: str) -> int:
 
 def peak(part: str, shape: str) -> None:
   """Prints by how much a writer's or a loader's run raised the peak memory."""
-  path = os.path.join(_FOLDER.value, shape)
+  path = place(shape)
   values = rows_of(shape) if part == 'write' else None
   ctypes.CDLL('libc.so.6').malloc_trim(0)
   jax.block_until_ready(jax.numpy.zeros(1))
@@ -204,8 +210,8 @@ def peak_of(part: str, shape: str) -> float:
 
 def bench(shape: str) -> None:
   rows, width, dtype, shard, chunk, buffer, batch, mixed = SHAPES[shape]
-  path = os.path.join(_FOLDER.value, shape)
-  raw = os.path.join(_FOLDER.value, 'raw')
+  path = place(shape)
+  raw = place('raw')
   row = width * (4 if dtype == 'float32' else 2)
   shards = {'unit': 'shard', 'shuffle_rows': 8 * shard}
   found = {}
@@ -253,12 +259,12 @@ def bench(shape: str) -> None:
 
 def main(unused):
   del unused
-  os.makedirs(_FOLDER.value, exist_ok=True)
+  os.makedirs(place(''), exist_ok=True)
   if _PART.value:
     return peak(*_PART.value.split(':'))
   for shape in SHAPES:
     bench(shape)
-  path = os.path.join(_FOLDER.value, 'quickstart')
+  path = place('quickstart')
   loads, steps = [], []
   for _ in range(_ROUNDS.value):
     loads.append(read(path, 'quickstart'))
@@ -268,8 +274,9 @@ def main(unused):
     f'\nquickstart: the loader gives {load:,.0f} rows/s, training takes '
     f'{step:,.0f}: {load / step:.1f} times as many'
   )
-  shutil.rmtree(_FOLDER.value)
+  shutil.rmtree(place(''))
 
 
 if __name__ == '__main__':
+  flags.mark_flag_as_required('folder')
   app.run(main)

@@ -259,6 +259,8 @@ class Config:
     loader = dataclasses.asdict(self.loader)
     if self.loader.source == 'memory':  # The same batches as from the store.
       loader['source'] = 'store'
+    if self.loader.source == 'stream':
+      del loader['unit']
     return plain(
       {'seed': self.seed, 'saes': saes, 'train': train, 'loader': loader}
     )

@@ -19,7 +19,7 @@ from etils import epath
 from gsae_jax import config as config_lib
 from gsae_jax import paths, program
 from gsae_jax.activations.store import differences
-from gsae_jax.errors import UserError
+from gsae_jax.errors import PREEMPTED, UserError
 from gsae_jax.evaluation import metrics, pareto, splice
 from gsae_jax.evaluation.records import read_evaluations, read_records
 from gsae_jax.lm import text as text_lib
@@ -166,7 +166,7 @@ def main() -> int:
     if (workdir / 'checkpoints').exists() or not _WATCH.value:
       last = evaluate_new(config, workdir, make, preempted)
     if preempted and not last:
-      return program.PREEMPTED
+      return PREEMPTED
     if last or not _WATCH.value:
       break
     time.sleep(_POLL.value)

@@ -72,8 +72,8 @@ def fill(
   """Writes this process's share of what is missing, in step with the others."""
   me, count = jax.process_index(), jax.process_count()
   todo = writer.missing_buffers()
-  # Buffer i is made by process i modulo their number, however many there are.
-  shares = [[b for b in todo if b % count == p] for p in range(count)]
+  # However many there are, and were: each takes its turn of what is missing.
+  shares = [todo[p::count] for p in range(count)]
   there = writer.rows_of(np.flatnonzero(~writer.missing))
   with tqdm.tqdm(
     total=writer.rows, initial=there, unit='tokens', unit_scale=True,
@@ -95,21 +95,23 @@ def fill(
 
     for i in range(max(map(len, shares))):
       with processes.together():
+        preempted.check()
         if i < len(shares[me]):
           buffer = shares[me][i]
           writer.put(buffer, source.buffer(buffer, writer.encodings, tick))
     with processes.together():
       writer.flush()
     show()
-  if me == 0:
-    writer.finish()
+  with processes.together():
+    if me == 0:
+      writer.finish()
 
 
 def main() -> int:
   processes.initialize()
-  config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
   with processes.together():
+    config = config_lib.parse(program.read_config(_CONFIG))
     source, identity, provenance = source_lib.open_source(
       lm=dataclasses.asdict(config.lm),
       text=dataclasses.asdict(config.text),

@@ -11,8 +11,12 @@ def workdir(path: str) -> epath.Path:
   Raises:
     UserError: it is on storage that has no checkpoints, or gcsfs is missing.
   """
-  scheme = path.partition('://')[0] if '://' in path else ''
-  if scheme not in ('', 'gs'):
+  scheme, colon, place = path.partition(':')
+  if not colon or '/' in scheme:
+    scheme = ''
+  if scheme == 'gs' and not place.removeprefix('//').partition('/')[0]:
+    raise UserError(f'--workdir: {path} has no bucket; give gs://BUCKET/PATH')
+  if scheme not in ('', 'gs') or (scheme and not place.startswith('//')):
     raise UserError(
       f'--workdir: {path}: checkpoints cannot be on {scheme}://; give a local '
       'folder or gs://'

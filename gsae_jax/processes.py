@@ -1,6 +1,9 @@
 """Several processes as one: they start, agree, fail and leave together."""
 
 import contextlib
+import os
+import re
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -8,7 +11,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from gsae_jax.errors import Preempted, UserError
+from gsae_jax.errors import PREEMPTED, Preempted, UserError
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -34,11 +37,15 @@ def initialize() -> None:
       raise UserError('--processes and --process need --coordinator=host:port')
     return
   explicit = {}
+  if place == 'auto' and (count is not None or index is not None):
+    raise UserError('--coordinator=auto finds --processes and --process itself')
   if place != 'auto':
     if count is None or index is None or not 0 <= index < count:
       raise UserError(
         f'--coordinator={place} needs --processes=N and --process=0 to N-1'
       )
+    if not re.fullmatch(r'.+:\d+', place):
+      raise UserError(f'--coordinator: {place!r} is not HOST:PORT')
     explicit = {
       'coordinator_address': place,
       'num_processes': count,
@@ -64,14 +71,28 @@ def together() -> Iterator[None]:
   except Exception as e:
     error, status = e, _FAILED
   if jax.process_count() > 1:
-    everybody = multihost_utils.process_allgather(np.int32(status))
-    status = int(np.max(everybody))
+    status = int(np.max(_exchange(np.int32(status))))
   if error is not None:
     raise error
   if status == _PREEMPTED:
     raise Preempted
   if status == _FAILED:
     raise UserError('another process failed; its own message says why')
+
+
+def _exchange(value: np.ndarray) -> np.ndarray:
+  """Everybody's value; ends this process when another one is gone."""
+  try:
+    return multihost_utils.process_allgather(value)
+  except Exception as e:  # Each transport raises an error of its own.
+    print(
+      f'error: another process is gone ({str(e).splitlines()[0][:200]}); the '
+      'same command goes on',
+      file=sys.stderr,
+      flush=True,
+    )
+    # JAX would wait for the other at its shutdown, and then abort.
+    os._exit(PREEMPTED)
 
 
 def agreed(values: np.ndarray) -> np.ndarray:

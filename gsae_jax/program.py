@@ -8,10 +8,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gsae_jax.errors import Preempted, UserError
-
-FAILED = 1
-PREEMPTED = 42
+from gsae_jax.errors import FAILED, PREEMPTED, Preempted, UserError
 
 
 class Preemption:
@@ -90,13 +87,13 @@ def _guarded(main, given: list[str], arguments: tuple[str, ...]) -> None:
       raise UserError(f'{arguments[len(given)]} is missing; see --help')
     sys.exit(main(*given) or 0)
   except Preempted:
+    print('stopped; the same command goes on', file=sys.stderr)
     sys.exit(PREEMPTED)
   except UserError as e:
     _fail(e)
   except OSError as e:
-    if e.filename is None:
-      raise
-    _fail(f'{e.filename}: {e.strerror}; check the path and its permissions')
+    what = f'{e.filename}: {e.strerror}' if e.filename else str(e)
+    _fail(f'{what}; check the path and its permissions')
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

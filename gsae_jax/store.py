@@ -16,8 +16,9 @@ from absl import flags
 from gsae_jax import program
 from gsae_jax.activations import layout
 from gsae_jax.activations import verify as verify_lib
+from gsae_jax.activations.reading import Reader
 from gsae_jax.activations.store import Store, open_store
-from gsae_jax.errors import UserError
+from gsae_jax.errors import FAILED, UserError
 
 _REPAIR = flags.DEFINE_bool('repair', False, 'verify: delete what is bad.')
 _ROWS = flags.DEFINE_integer(
@@ -75,13 +76,18 @@ def verify(path: str) -> int:
     print(f'bad: {whose}: {path}/{d.key}: {d.why}')
   print(
     f'{len(verifier.there)} of {verifier.shards} shards read, '
-    f'{len(bad)} bad files'
+    f'{len(bad)} bad file{"" if len(bad) == 1 else "s"}'
   )
+  if 'sites' not in verifier.manifest:
+    print('the store is unfinished; the same gsae_jax.harvest goes on')
   if not bad:
     return 0
+  foreign = [d for d in bad if 'of the store' in d.why]
+  if len(foreign) == len(verifier.there) > 1:
+    print('every record is of another store: is this the right manifest.json?')
   if not _REPAIR.value:
     print('run verify --repair, and then the same gsae_jax.harvest again')
-    return program.FAILED
+    return FAILED
   verifier.repair(bad)
   print('deleted; run the same gsae_jax.harvest again to write them')
   return 0
@@ -106,13 +112,14 @@ def stats(path: str) -> int:
 
 def squared_norms(store: Store, site: str, rows: int) -> np.ndarray:
   """`||x||^2` of rows in chunks that are evenly spread over a store."""
+  reader = Reader(store, (site,), store.chunk_rows)
   chunks = -(-store.rows // store.chunk_rows)
   wanted = min(chunks, -(-rows // store.chunk_rows))
   parts = []
   for chunk in np.linspace(0, chunks - 1, wanted).astype(int).tolist():
     first = chunk * store.chunk_rows
     last = min(first + store.chunk_rows, store.rows)
-    x_ND = store.read(site, first, last).astype(np.float64)
+    x_ND = reader.activations(site, first, last).astype(np.float64)
     parts.append(np.sum(x_ND**2, 1))
   return np.concatenate(parts)
 
@@ -123,6 +130,9 @@ COMMANDS = {'inspect': inspect, 'verify': verify, 'stats': stats}
 def main(command: str, path: str) -> int:
   if command not in COMMANDS:
     raise UserError(f'{command!r} is not one of {", ".join(COMMANDS)}')
+  for flag, owner in ((_REPAIR, 'verify'), (_ROWS, 'stats')):
+    if flag.present and command != owner:
+      raise UserError(f'--{flag.name} goes with {owner}, not with {command}')
   return COMMANDS[command](path)
 
 

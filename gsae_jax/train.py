@@ -18,7 +18,7 @@ from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.source import open_source
 from gsae_jax.activations.store import Store, check_site, open_store
 from gsae_jax.activations.stream import Stream
-from gsae_jax.errors import UserError
+from gsae_jax.errors import PREEMPTED, UserError
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.mesh import make_mesh
 from gsae_jax.parsing import plain
@@ -74,7 +74,9 @@ def check_store(config: config_lib.Config, store: Store) -> None:
       )
 
 
-def open_loader(config: config_lib.Config) -> Loader | Stream:
+def open_loader(
+  config: config_lib.Config, preempted: program.Preemption
+) -> Loader | Stream:
   """What gives the batches that a config asks for, and their store.
 
   Raises:
@@ -83,7 +85,7 @@ def open_loader(config: config_lib.Config) -> Loader | Stream:
   settings = config.loader
   sites = tuple(dict.fromkeys(m.site for m in config.saes))
   if settings.source == 'stream':
-    return _open_stream(config, sites)
+    return _open_stream(config, sites, preempted)
   if _STORE.value is None:
     raise UserError(
       '--store is missing; give the one that gsae_jax.harvest wrote, or set '
@@ -104,12 +106,18 @@ def open_loader(config: config_lib.Config) -> Loader | Stream:
   )
 
 
-def _open_stream(config: config_lib.Config, sites: tuple[str, ...]) -> Stream:
+def _open_stream(
+  config: config_lib.Config,
+  sites: tuple[str, ...],
+  preempted: program.Preemption,
+) -> Stream:
   if _STORE.value is not None:
     raise UserError(
       "loader.source: 'stream' makes activations anew; leave --store out"
     )
-  store = dataclasses.asdict(config.store)
+  # Shards and chunks are a store's.
+  names = 'tokens', 'dtype', 'centre', 'batch_contexts'
+  store = {name: getattr(config.store, name) for name in names}
   source, identity, provenance = open_source(
     lm=dataclasses.asdict(config.lm),
     text=dataclasses.asdict(config.text),
@@ -125,6 +133,7 @@ def _open_stream(config: config_lib.Config, sites: tuple[str, ...]) -> Stream:
     batch_size=config.train.batch_size,
     centre=config.store.centre,
     dtype=config.store.dtype,
+    tick=preempted.check,
   )
 
 
@@ -132,7 +141,7 @@ def main() -> int:
   config = config_lib.parse(program.read_config(_CONFIG))
   preempted = program.Preemption()
   mesh = make_mesh(config.mesh.data, config.mesh.model)
-  loader = open_loader(config)
+  loader = open_loader(config, preempted)
   store = loader.store
   finished = loop.train(
     store,
@@ -152,7 +161,7 @@ def main() -> int:
     },
     preempted=lambda: bool(preempted),
   )
-  return 0 if finished else program.PREEMPTED
+  return 0 if finished else PREEMPTED
 
 
 if __name__ == '__main__':

@@ -26,7 +26,8 @@ def unfinished(store):
   return {
     (str(p.relative_to(store)), p.stat().st_mtime_ns)
     for p in parts
-    if p.is_file() and not {*p.parts} & finished
+    if p.is_file()
+    and p.parts[p.parts.index('c') + 1].partition('.')[0] not in finished
   } | {(str(p), p.stat().st_mtime_ns) for p in store.rglob('*.__lock')}
 
 

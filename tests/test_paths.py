@@ -19,6 +19,9 @@ def test_workdirs_are_folders_or_on_google_storage(tmp_path, monkeypatch):
   for scheme in ('s3', 'hdfs'):
     with pytest.raises(UserError, match=f'checkpoints cannot be on {scheme}:'):
       paths.workdir(f'{scheme}://bucket/run')
+  for place, match in (('gs://', 'has no bucket'), ('gs:/b/x', 'gs://BUCKET')):
+    with pytest.raises(UserError, match=match):
+      paths.workdir(place)
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(UserError, match=r'needs gcsfs; pip install .*\[gcs\]'):
     paths.workdir('gs://bucket/run')

@@ -77,9 +77,56 @@ def test_failure_of_one_ends_both(tmp_path):
   assert not any('Traceback' in err for _, err in outputs)
 
 
+def test_a_process_without_work_is_preempted_too(tmp_path):
+  # Only the last buffer is missing, which the first process makes.
+  long = ('--config.store.tokens=65536', '--config.store.buffer_rows=8192')
+  flag = f'--store={tmp_path}'
+  start('harvest', flag, *long).communicate(timeout=300)
+  for record in (tmp_path / 'records').glob('*.json'):
+    record.unlink()
+  before = (tmp_path / 'manifest.json').stat().st_mtime_ns
+  both = start_both(flag, *long)
+  while (tmp_path / 'manifest.json').stat().st_mtime_ns == before:
+    assert both[0].poll() is None, both[0].communicate()
+    time.sleep(0.01)
+  both[1].send_signal(signal.SIGTERM)
+  codes, outputs = finish(both)
+  assert codes == [42, 42], outputs
+  assert 'the same command goes on' in outputs[0][1]
+
+
+def test_a_process_that_is_killed_ends_the_other_in_order(tmp_path):
+  flags = (f'--store={tmp_path}', '--config.store.tokens=200000')
+  both = start_both(*flags)
+  while len(list((tmp_path / 'records').glob('*.json'))) < 4:
+    assert both[0].poll() is None, both[0].communicate()
+    time.sleep(0.01)
+  both[1].kill()
+  codes, outputs = finish(both)
+  assert codes == [42, -signal.SIGKILL], outputs
+  assert 'error: another process is gone' in outputs[0][1]
+  assert 'Traceback' not in outputs[0][1]
+
+
+def test_a_mistake_on_one_process_ends_both(tmp_path):
+  codes, outputs = finish(
+    start_both(f'--store={tmp_path}', own=((), ('--config.seed=-1',)))
+  )
+  assert codes == [1, 1], outputs
+  assert 'error: config field seed: -1 is too small' in outputs[1][1]
+
+
 def test_flags_that_do_not_fit(tmp_path):
   flag = f'--store={tmp_path}'
   refuse('harvest', flag, '--processes=2', match='need --coordinator')
+  refuse(
+    'harvest', flag, '--coordinator=here', '--processes=1', '--process=0',
+    match="'here' is not HOST:PORT",
+  )  # fmt: skip
+  refuse(
+    'harvest', flag, '--coordinator=auto', '--processes=1',
+    match='--coordinator=auto finds',
+  )  # fmt: skip
   refuse(
     'harvest', flag, '--coordinator=127.0.0.1:1', '--processes=2',
     '--process=2', match='--process=0 to N-1',

@@ -88,4 +88,9 @@ def test_mistakes_have_a_line(store, tmp_path):
   refuse('store', 'inspect', match='PATH is missing')
   refuse('store', 'look', str(store), match="'look' is not one of inspect, ver")
   refuse('store', 'verify', str(store), 'more', match="unexpected argument 'mo")
+  refuse('store', 'inspect', str(store), '--repair', match='goes with verify')
+  refuse('store', 'verify', str(store), '--rows=3', match='goes with stats')
+  path = store / 'mlp_out.0/activations/c/3/0'
+  path.write_bytes(path.read_bytes()[:-50])
+  refuse('store', 'stats', str(store), match='mlp_out.0/activations/c/3/0')
   refuse('store', 'stats', str(tmp_path), match='no activation store at')

@@ -4,12 +4,15 @@
 path may be local, gs:// or s3://. This module never imports jax.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 
 from gsae_jax.errors import UserError
@@ -23,22 +26,44 @@ ROW_ARRAYS = {
   'special': 'bool',
 }
 MANIFEST = 'manifest.json'
+_REQUIRED = {
+  'identity', 'content_hash', 'rows', 'shard_rows', 'chunk_rows', 'dtype',
+  'widths', 'encodings', 'provenance',
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+  """How rows are stored: `(x - mean) / scale`, cast to the store's dtype.
+
+  Attributes:
+    mean_D: float32, removed before the cast so that bfloat16 spends its bits on
+      what differs between rows.
+    scale: a power of two, so that it costs no bits.
+  """
+
+  mean_D: np.ndarray
+  scale: float
+
+  def decode(self, stored: Any, dtype: Any = np.float32) -> Any:
+    """The activations; takes NumPy's arrays and JAX's."""
+    return stored.astype(dtype) * dtype(self.scale) + self.mean_D.astype(dtype)
 
 
 def kvstore_spec(path: str, name: str = '') -> dict[str, Any]:
   """TensorStore's spec for a folder, local or on object storage.
 
   Raises:
-    UserError: the scheme is not one of those.
+    UserError: it is none of those.
   """
-  scheme, _, place = path.partition('://')
-  if place:
-    if scheme not in ('gs', 's3'):
+  scheme, colon, place = path.partition(':')
+  if colon and '/' not in scheme:
+    bucket, _, key = place.removeprefix('//').partition('/')
+    if scheme not in ('gs', 's3') or not place.startswith('//') or not bucket:
       raise UserError(
-        f'--store: {path}: {scheme}:// is not known; give a folder, gs:// or '
-        's3://'
+        f'--store: {path} is not a place; give a folder, gs://BUCKET/PATH or '
+        's3://BUCKET/PATH'
       )
-    bucket, _, key = place.partition('/')
     prefix = '/'.join(p for p in (key.strip('/'), name) if p)
     spec = {
       'driver': {'gs': 'gcs', 's3': 's3'}[scheme],
@@ -50,6 +75,8 @@ def kvstore_spec(path: str, name: str = '') -> dict[str, Any]:
       region = os.environ.get('AWS_REGION', 'us-east-1')
       spec |= {'endpoint': endpoint, 'aws_region': region}
     return spec
+  if not path:
+    raise UserError('--store is empty; give a folder, gs:// or s3://')
   folder = os.path.join(os.path.abspath(os.path.expanduser(path)), name)
   return {'driver': 'file', 'path': folder.rstrip('/') + '/'}
 
@@ -60,10 +87,8 @@ def open_kvstore(path: str) -> ts.KvStore:
   Raises:
     UserError: the place cannot be opened.
   """
-  try:
+  with accessing(path, 'open'):
     return ts.KvStore.open(kvstore_spec(path)).result()
-  except (ValueError, OSError) as e:
-    raise UserError(f'--store: cannot open {path}: {reason(e)}') from e
 
 
 def array_specs(
@@ -121,18 +146,15 @@ def _array_spec(
   }
 
 
-def open_array(spec: dict[str, Any], cache_bytes: int = 0) -> ts.TensorStore:
+def open_array(
+  spec: dict[str, Any], context: ts.Context | None = None
+) -> ts.TensorStore:
   """Opens what is there for reading, if it is what `spec` says.
 
   Raises:
     UserError: it is not, or there is nothing.
   """
-  context = ts.Context(
-    {
-      'cache_pool': {'total_bytes_limit': cache_bytes},
-      'file_io_concurrency': {'limit': 16},
-    }
-  )
+  context = context or reading_context(0)
   try:
     return ts.open(spec, open=True, read=True, context=context).result()
   except ValueError as e:
@@ -140,6 +162,27 @@ def open_array(spec: dict[str, Any], cache_bytes: int = 0) -> ts.TensorStore:
       f'--store: {spec["kvstore"]["path"]} is not a readable array of this '
       f'store ({reason(e)}); run the same gsae_jax.harvest command again'
     ) from e
+
+
+def reading_context(cache_bytes: int) -> ts.Context:
+  """What arrays share that are opened with it."""
+  return ts.Context(
+    {
+      'cache_pool': {'total_bytes_limit': cache_bytes},
+      'file_io_concurrency': {'limit': 16},
+    }
+  )
+
+
+@contextlib.contextmanager
+def accessing(path: str, doing: str) -> Iterator[None]:
+  """Turns TensorStore's errors into a line: "cannot write /a/b: why"."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (ValueError, OSError) as e:
+    raise UserError(f'--store: cannot {doing} {path}: {reason(e)}') from e
 
 
 def is_damage(error: Exception) -> bool:
@@ -162,9 +205,9 @@ def row_bytes(header: Mapping[str, Any]) -> int:
   return sum(ts.dtype(k).numpy_dtype.itemsize * n for k, n in kinds)
 
 
-def content_hash(identity: dict[str, Any]) -> str:
+def sha256_of(value: Any) -> str:
   """SHA-256 of a value's canonical JSON, in hexadecimal."""
-  text = json.dumps(identity, sort_keys=True, separators=(',', ':'))
+  text = json.dumps(value, sort_keys=True, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -175,46 +218,67 @@ def read_manifest(path: str) -> dict[str, Any] | None:
     UserError: it cannot be read, is damaged, or of an unknown schema.
   """
   kv = open_kvstore(path)
-  try:
+  with accessing(path, 'read'):
     value = kv.read(MANIFEST).result()
-  except (ValueError, OSError) as e:
-    raise UserError(f'--store: cannot read {path}: {reason(e)}') from e
   if value.state == 'missing':
     return None
   where = f'--store: {path}/{MANIFEST}'
+  remedy = (
+    'put the original back, or delete it and run the same gsae_jax.harvest '
+    'again, which keeps what fits'
+  )
   try:
     manifest = json.loads(value.value)
   except ValueError as e:
-    raise UserError(f'{where} is not JSON ({e})') from e
+    raise UserError(f'{where} is not JSON ({e}); {remedy}') from e
   if not isinstance(manifest, dict) or 'schema' not in manifest:
-    raise UserError(f'{where} is not a manifest')
+    raise UserError(f'{where} is not a manifest; {remedy}')
   if manifest['schema'] != SCHEMA:
     raise UserError(
       f'--store: {path} has schema {manifest["schema"]}, and this version '
       f'reads {SCHEMA}; harvest again or install the version that wrote it'
     )
-  digest = manifest.pop('digest', None)
-  if digest != content_hash(manifest):
+  if manifest.pop('digest', None) != sha256_of(manifest):
     raise UserError(
       f'{where} was changed after it was written (its digest does not fit); '
-      'put the original back, or delete it and run gsae_jax.harvest again'
+      f'{remedy}'
     )
-  if content_hash(manifest['identity']) != manifest['content_hash']:
-    raise UserError(f'{where}: its content hash is not that of its identity')
+  if lacking := _REQUIRED - manifest.keys():
+    raise UserError(f'{where} lacks {min(lacking)!r}; {remedy}')
+  if content_hash(manifest) != manifest['content_hash']:
+    raise UserError(
+      f'{where}: its content hash is not that of its content; {remedy}'
+    )
   return manifest
 
 
+def content_hash(header: Mapping[str, Any]) -> str:
+  """What a store is: its identity, and how its values are to be read."""
+  return sha256_of([header['identity'], header['encodings']])
+
+
 def write_manifest(
-  path: str, manifest: dict[str, Any], *, only_first: bool = False
-) -> None:
-  """Writes the manifest; with `only_first`, not over one that is there."""
+  path: str, manifest: dict[str, Any], *, over: bytes | None = None
+) -> bool:
+  """Writes the manifest; whether it is there then.
+
+  Args:
+    path: of the store.
+    manifest: what to write.
+    over: generation of the only manifest that may be replaced; None is any.
+  """
   kv = open_kvstore(path)
-  manifest = manifest | {'digest': content_hash(manifest)}
+  manifest = manifest | {'digest': sha256_of(manifest)}
   raw = json.dumps(manifest, indent=1).encode()
-  condition = None
-  if only_first:
-    there = kv.read(MANIFEST).result()
-    if there.state != 'missing':
-      return
-    condition = there.stamp.generation
-  kv.write(MANIFEST, raw, if_equal=condition).result()
+  with accessing(path, 'write'):
+    kv.write(MANIFEST, raw, if_equal=over).result()
+    return kv.read(MANIFEST).result().value == raw
+
+
+def encodings_of(manifest: dict[str, Any]) -> dict[str, Encoding | None]:
+  """How each site is stored."""
+  return {
+    site: e
+    and Encoding(np.array(e['mean'], np.float32), np.float32(e['scale']))
+    for site, e in manifest['encodings'].items()
+  }

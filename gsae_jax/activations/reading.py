@@ -1,14 +1,17 @@
 """Reads units of a store into memory, a few at a time, and checks them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
 
 from gsae_jax.activations import shards as shards_lib
-from gsae_jax.activations.layout import open_kvstore
-from gsae_jax.activations.store import Store
+from gsae_jax.activations.layout import open_kvstore, reading_context
 from gsae_jax.errors import UserError
+
+if TYPE_CHECKING:  # Which has a reader of its own.
+  from gsae_jax.activations.store import Store
 
 _CACHE_BYTES = 64 * 2**20  # Shard indices, 16 bytes a chunk.
 _UNDER_WAY = 64 * 2**20  # Bytes that are being read.
@@ -23,11 +26,12 @@ class Reader:
     arrays: by site.
   """
 
-  def __init__(self, store: Store, sites: Sequence[str], unit: int):
+  def __init__(self, store: 'Store', sites: Sequence[str], unit: int):
     self.store = store
     self.unit = unit
+    context = reading_context(_CACHE_BYTES)
     self.arrays = {
-      site: store.array(f'{site}/activations', cache_bytes=_CACHE_BYTES)
+      site: store.array(f'{site}/activations', context=context)
       for site in sites
     }
     self._kv = open_kvstore(store.path)
@@ -72,12 +76,26 @@ class Reader:
         site: record.fingerprints[f'{site}/activations'] for site in self.arrays
       }
 
-  def wait(self, site: str, unit: int, read: ts.Future) -> None:
-    """Until a unit is there; raises UserError when it is lost or damaged."""
+  def activations(self, site: str, first: int, last: int) -> np.ndarray:
+    """`[last - first, D]` of consecutive rows; units must be chunks."""
+    units = np.arange(first // self.unit, -(-last // self.unit))
+    start = int(units[0]) * self.unit
+    stop = min((int(units[-1]) + 1) * self.unit, self.store.rows)
+    records = self.read_records(units)
+    read = self.arrays[site][start:stop].read()
+    stored_ND = self.wait(site, int(units[0]), read)
+    self.keep_records(records)
+    self.check(site, units, stored_ND)
+    stored_ND = stored_ND[first - start : last - start]
+    encoding = self.store.sites[site].encoding
+    return stored_ND if encoding is None else encoding.decode(stored_ND)
+
+  def wait(self, site: str, unit: int, read: ts.Future) -> Any:
+    """What a read of a unit gives; UserError when it is lost or damaged."""
     shard = unit * self.unit // self.store.shard_rows
     key = shards_lib.shard_key(f'{site}/activations', shard)
     try:
-      shards_lib.arrived(read, f'{self.store.path}/{key}')
+      return shards_lib.arrived(read, f'{self.store.path}/{key}')
     except shards_lib.Damaged as e:
       raise self._damaged(key, e) from e
 

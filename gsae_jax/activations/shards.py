@@ -8,7 +8,6 @@ tells a whole and sound shard that belongs elsewhere.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -17,8 +16,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from gsae_jax.activations.layout import ROW_ARRAYS, is_damage, reason
-from gsae_jax.activations.store import Encoding
+from gsae_jax.activations.layout import (
+  ROW_ARRAYS,
+  Encoding,
+  is_damage,
+  reason,
+  sha256_of,
+)
 from gsae_jax.errors import UserError
 
 RECORDS = 'records'
@@ -54,7 +58,7 @@ class Record:
       'sums': {k: v.tolist() for k, v in self.sums.items()},
       'squares': self.squares,
     }
-    return json.dumps(body | {'digest': _digest(body)}).encode()
+    return json.dumps(body | {'digest': sha256_of(body)}).encode()
 
 
 def read_record(raw: bytes, store: str, shard: int) -> Record:
@@ -68,7 +72,7 @@ def read_record(raw: bytes, store: str, shard: int) -> Record:
     digest = body.pop('digest')
   except (ValueError, KeyError, AttributeError, TypeError) as e:
     raise Damaged('the record is damaged') from e
-  if digest != _digest(body):
+  if digest != sha256_of(body):
     raise Damaged('the record is damaged')
   if (body['store'], body['shard']) != (store, shard):
     raise Foreign(
@@ -109,37 +113,25 @@ def arrived(read: ts.Future, key: str) -> Any:
     raise UserError(f'--store: cannot read {key}: {reason(e)}') from e
 
 
-def _digest(body: dict[str, Any]) -> str:
-  text = json.dumps(body, sort_keys=True, separators=(',', ':'))
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
 def fingerprints(values: np.ndarray, chunk_rows: int) -> np.ndarray:
   """One uint64 for each inner chunk of consecutive rows.
 
-  The chunk's bytes, padded with zeros to a multiple of eight, summed modulo
-  2^64 as little-endian words: as fast as memory, and enough to tell chunks
-  apart whose own checksums hold.
+  A row's bytes, padded with zeros to a multiple of eight, are summed as
+  little-endian words; the sums of row i of the chunk are weighted with 2i + 1.
+  All is modulo 2^64. It is as fast as memory, and enough to tell apart chunks
+  whose own checksums hold.
 
   Args:
     values: `[rows, ...]`, beginning at a chunk's first row.
     chunk_rows: rows of a chunk; the last may have fewer.
   """
-  rows = np.ascontiguousarray(values).reshape(len(values), -1)
-  whole = len(rows) // chunk_rows
-  sums = [_word_sums(rows[: whole * chunk_rows], whole)]
-  if len(rows) % chunk_rows:
-    sums.append(_word_sums(rows[whole * chunk_rows :], 1))
-  return np.concatenate(sums)
-
-
-def _word_sums(rows: np.ndarray, parts: int) -> np.ndarray:
-  if not parts:
-    return np.zeros(0, np.uint64)
-  raw = rows.view(np.uint8).reshape(parts, -1)
+  raw = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
   if raw.shape[1] % 8:
     raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8)))
-  return raw.view('<u8').sum(1, dtype=np.uint64)
+  sums_N = raw.view('<u8').sum(1, dtype=np.uint64)
+  numbers_N = np.arange(len(sums_N), dtype=np.uint64) % np.uint64(chunk_rows)
+  sums_N *= np.uint64(2) * numbers_N + np.uint64(1)
+  return np.add.reduceat(sums_N, np.arange(0, len(sums_N), chunk_rows))
 
 
 def row_sums(
@@ -174,6 +166,12 @@ def make_record(
     site: row_sums(values[f'{site}/activations'], encoding)
     for site, encoding in encodings.items()
   }
+  for site, (_, squares) in sums.items():
+    if not np.isfinite(squares):
+      raise UserError(
+        f'sites: activations of {site} are not all finite; run the language '
+        'model in another lm.dtype'
+      )
   return Record(
     fingerprints={k: fingerprints(v, chunk_rows) for k, v in values.items()},
     sums={site: total_D for site, (total_D, _) in sums.items()},

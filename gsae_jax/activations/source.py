@@ -6,6 +6,7 @@ made alone, by anybody, and made again.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gsae_jax.activations.store import Encoding
+from gsae_jax.activations.layout import Encoding
 from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.text import Contexts
 from gsae_jax.lm.weights import DTYPES, LanguageModel, load_language_model
@@ -99,6 +100,15 @@ class Source:
 
     self.forward = forward
 
+  def digest(self) -> str:
+    """SHA-256 of every context and of their order: all but the model itself."""
+    digest = hashlib.sha256()
+    c = self._contexts
+    for array in (c.ids_CL, c.mask_CL, c.special_CL, c.documents_CL):
+      digest.update(np.ascontiguousarray(array))
+    digest.update(self._order_C)
+    return digest.hexdigest()
+
   def set_epoch(self, epoch: int) -> None:
     """Permutes the contexts anew."""
     self.epoch = epoch
@@ -125,7 +135,7 @@ class Source:
     for site in self.sites:
       mean_D = sums[site] / count
       # Of a site that never changes there is nothing to scale.
-      variance = np.mean(squares[site] / count - mean_D**2) or 1.0
+      variance = max(np.mean(squares[site] / count - mean_D**2), 0.0) or 1.0
       encodings[site] = Encoding(
         mean_D=mean_D.astype(np.float32),
         scale=np.float32(2.0 ** np.round(np.log2(variance) / 2)),
@@ -244,21 +254,6 @@ def open_source(
   documents, contexts = text_lib.prepare(
     text, model.tokenizer, part='train', rows=store['tokens']
   )
-  # The documents say better than the path what the text is.
-  policy = {k: v for k, v in text.items() if k != 'path'}
-  kept = {k: v for k, v in store.items() if k != 'batch_contexts'}
-  identity = {
-    'lm': model.identity,
-    'text': policy | {'documents': documents.digest},
-    'sites': list(sites),
-    'store': kept,
-    'seed': seed,
-  }
-  provenance = {
-    'lm_path': lm['path'],
-    'lm_revision': lm['revision'],
-    'text_path': text['path'],
-  }
   source = Source(
     model,
     contexts,
@@ -270,4 +265,20 @@ def open_source(
     seed=seed,
     devices=devices,
   )
+  # The documents say better than the path what the text is.
+  policy = {k: v for k, v in text.items() if k != 'path'}
+  kept = {k: v for k, v in store.items() if k != 'batch_contexts'}
+  identity = {
+    'lm': model.identity,
+    'text': policy | {'documents': documents.digest},
+    'sites': list(sites),
+    'store': kept,
+    'seed': seed,
+    'tokens': source.digest(),
+  }
+  provenance = {
+    'lm_path': lm['path'],
+    'lm_revision': lm['revision'],
+    'text_path': text['path'],
+  }
   return source, identity, provenance

@@ -11,26 +11,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from gsae_jax.activations import layout
+from gsae_jax.activations import layout, reading
 from gsae_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-  """How rows are stored: `(x - mean) / scale`, cast to the store's dtype.
-
-  Attributes:
-    mean_D: float32, removed before the cast so that bfloat16 spends its bits on
-      what differs between rows.
-    scale: a power of two, so that it costs no bits.
-  """
-
-  mean_D: np.ndarray
-  scale: float
-
-  def decode(self, stored: Any, dtype: Any = np.float32) -> Any:
-    """The activations; takes NumPy's arrays and JAX's."""
-    return stored.astype(dtype) * dtype(self.scale) + self.mean_D.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +29,7 @@ class Site:
   width: int
   mean_D: np.ndarray
   mean_squared_norm: float
-  encoding: Encoding | None
+  encoding: layout.Encoding | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +58,12 @@ class Store:
   dtype: str
   sites: dict[str, Site]
 
-  def array(self, name: str, *, cache_bytes: int = 0) -> ts.TensorStore:
+  def array(
+    self, name: str, *, context: ts.Context | None = None
+  ) -> ts.TensorStore:
     """Opens `<site>/activations` or one of the row arrays, as stored.
+
+    Checksums are checked when it is read, and fingerprints are not: `read` does.
 
     Raises:
       UserError: it is not there, or not what the manifest says.
@@ -86,15 +72,16 @@ class Store:
     header['widths'] = {site: s.width for site, s in self.sites.items()}
     spec = layout.array_specs(self.path, header)[name]
     # A lost shard must not read as zeros.
-    return layout.open_array(
-      spec | {'fill_missing_data_reads': False}, cache_bytes
-    )
+    return layout.open_array(spec | {'fill_missing_data_reads': False}, context)
 
   def read(self, site: str, first: int, last: int) -> np.ndarray:
-    """The activations `[last - first, D]` of consecutive rows."""
-    stored_ND = self.array(f'{site}/activations')[first:last].read().result()
-    encoding = self.sites[site].encoding
-    return stored_ND if encoding is None else encoding.decode(stored_ND)
+    """The activations `[last - first, D]` of consecutive rows.
+
+    Raises:
+      UserError: they are not what was written.
+    """
+    reader = reading.Reader(self, (site,), self.chunk_rows)
+    return reader.activations(site, first, last)
 
 
 def differences(have: Any, want: Any, prefix: str = '') -> list[str]:
@@ -108,15 +95,6 @@ def differences(have: Any, want: Any, prefix: str = '') -> list[str]:
   if have == want:
     return []
   return [f'{prefix.rstrip(".")} is {have!r} there and {want!r} here']
-
-
-def encodings_of(manifest: dict[str, Any]) -> dict[str, Encoding | None]:
-  """How each site is stored."""
-  return {
-    site: e
-    and Encoding(np.array(e['mean'], np.float32), np.float32(e['scale']))
-    for site, e in manifest['encodings'].items()
-  }
 
 
 def open_store(path: str) -> Store:
@@ -136,7 +114,7 @@ def open_store(path: str) -> Store:
       f'--store: the harvest at {path} is unfinished; run the same '
       'gsae_jax.harvest command again, and it will go on'
     )
-  encodings = encodings_of(manifest)
+  encodings = layout.encodings_of(manifest)
   plain = ('identity', 'provenance', 'content_hash', 'rows', 'shard_rows')
   return Store(
     path=path,

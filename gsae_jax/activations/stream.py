@@ -5,18 +5,18 @@ who have the text and no disk. Every epoch runs the model again.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gsae_jax.activations.layout import content_hash
+from gsae_jax.activations.layout import Encoding, content_hash
 from gsae_jax.activations.placement import Placement, local_rows
 from gsae_jax.activations.shards import row_sums
-from gsae_jax.activations.source import Source
-from gsae_jax.activations.store import Encoding, Site, Store
+from gsae_jax.activations.source import Source, nothing
+from gsae_jax.activations.store import Site, Store
 from gsae_jax.errors import UserError
 
 
@@ -39,6 +39,7 @@ class Stream:
     batch_size: int,
     centre: bool,
     dtype: str,
+    tick: Callable[[], None] = nothing,
   ):
     """Fills the first buffer.
 
@@ -49,6 +50,7 @@ class Stream:
       batch_size: rows of a batch.
       centre: whether a mean is removed before the cast, as in a store.
       dtype: of the buffer.
+      tick: called between passes of the model for a batch; may raise, to leave.
 
     Raises:
       UserError: the buffer is not made of batches, or larger than the text.
@@ -65,6 +67,7 @@ class Stream:
         'the stream (store.tokens)'
       )
     self.batch_size = batch_size
+    self._tick = tick
     self._source = source
     self._encodings: dict[str, Encoding | None] = dict.fromkeys(source.sites)
     if centre:
@@ -81,7 +84,7 @@ class Stream:
       path='the stream',
       identity=identity,
       provenance=provenance,
-      content_hash=content_hash(identity),
+      content_hash=content_hash({'identity': identity, 'encodings': None}),
       rows=source.rows,
       shard_rows=rows,
       chunk_rows=1,
@@ -97,21 +100,21 @@ class Stream:
       },
     )
 
-  def _buffer(self, number: int) -> dict[str, np.ndarray]:
+  def _buffer(self, number: int, tick=nothing) -> dict[str, np.ndarray]:
     """Rows of a buffer, counted over all epochs."""
     if self._held is None or self._held[0] != number:
       self._held = None  # Not two at a time.
       epoch, i = divmod(number, self._full_buffers)
       if epoch != self._source.epoch:
         self._source.set_epoch(epoch)
-      values = self._source.buffer(i, self._encodings)
+      values = self._source.buffer(i, self._encodings, tick)
       self._held = number, {site: values[site] for site in self._source.sites}
     return self._held[1]
 
-  def _stored(self, step: int) -> dict[str, np.ndarray]:
+  def _stored(self, step: int, tick=nothing) -> dict[str, np.ndarray]:
     number, i = divmod(step, self._per_buffer)
     rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
-    return {site: v[rows] for site, v in self._buffer(number).items()}
+    return {site: v[rows] for site, v in self._buffer(number, tick).items()}
 
   def rows_at(self, step: int, site: str) -> np.ndarray:
     """All activations `[B, D]` of batch `step` at one site, on the host."""
@@ -126,4 +129,5 @@ class Stream:
     place = Placement(self.store, self._source.sites, sharding, self.batch_size)
     rows = local_rows(sharding, self.batch_size)
     for step in itertools.count(start):
-      yield place({k: v[rows] for k, v in self._stored(step).items()})
+      stored = self._stored(step, self._tick)
+      yield place({k: v[rows] for k, v in stored.items()})

@@ -1,14 +1,18 @@
 """Reads a whole store, finished or not, and says which files are bad."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import tensorstore as ts
 
 from gsae_jax.activations import layout
 from gsae_jax.activations import shards as shards_lib
 from gsae_jax.activations.shards import RECORDS
 from gsae_jax.errors import UserError
+
+_AT_ONCE = 64  # Shards; a few small reads each.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Verifier:
     self.shards = -(-manifest['rows'] // manifest['shard_rows'])
     self._kv = layout.open_kvstore(path)
     self._specs = layout.array_specs(path, manifest)
-    self._found = shards_lib.listed(self._kv, self._specs)
+    with layout.accessing(path, 'list'):
+      self._found = shards_lib.listed(self._kv, self._specs)
     self.there = sorted(self._found[RECORDS] & set(range(self.shards)))
 
   def damage(self) -> Iterator[list[Damage]]:
@@ -73,7 +78,7 @@ class Verifier:
         if self.there:
           bad.append(Damage(None, f'{name}/zarr.json', str(e.__cause__)[:200]))
     yield bad
-    numbers = self.there
+    numbers = dict.fromkeys(self.there)
     if 'sites' in self.manifest:
       numbers = range(self.shards)
     # The next shard is being read while this one is looked at.
@@ -120,6 +125,66 @@ class Verifier:
     for damage in bad:
       keys = [damage.key]
       if damage.shard is not None:
-        keys.append(shards_lib.shard_key(RECORDS, damage.shard))
+        keys.insert(0, shards_lib.shard_key(RECORDS, damage.shard))
       for key in keys:
-        self._kv.write(key, None).result()
+        with layout.accessing(f'{self.path}/{key}', 'delete'):
+          self._kv.write(key, None).result()
+
+
+def missing_shards(
+  path: str,
+  header: Mapping[str, Any],
+  kv: ts.KvStore,
+  arrays: Mapping[str, ts.TensorStore],
+) -> np.ndarray:
+  """Bool `[shards]`: not there, or not as it was written.
+
+  Of a shard that is there only the first chunk of each array is read, which
+  tells lost, truncated and foreign files; `Verifier` reads all.
+
+  Args:
+    path: of the store.
+    header: of its manifest.
+    kv: its files.
+    arrays: its arrays, by name.
+
+  Raises:
+    UserError: all shards are of another store.
+  """
+  rows, shard_rows = header['rows'], header['shard_rows']
+  missing = np.ones(-(-rows // shard_rows), bool)
+  found = shards_lib.listed(kv, arrays)
+  there = sorted(set.intersection(*found.values()) & set(range(len(missing))))
+  foreign = 0
+
+  def start(shard):
+    first = shard * shard_rows
+    last = min(first + header['chunk_rows'], rows)
+    return kv.read(shards_lib.shard_key(RECORDS, shard)), {
+      name: array[first:last].read() for name, array in arrays.items()
+    }
+
+  for i in range(0, len(there), _AT_ONCE):
+    for shard, (record, chunks) in [
+      (s, start(s)) for s in there[i:][:_AT_ONCE]
+    ]:
+      try:
+        raw = shards_lib.arrived(record, f'{path}/{RECORDS}').value
+        record = shards_lib.read_record(raw, header['content_hash'], shard)
+        for name, read in chunks.items():
+          values = shards_lib.arrived(read, f'{path}/{name}')
+          shards_lib.check_rows(
+            record, name, values, chunk_rows=header['chunk_rows']
+          )
+        missing[shard] = False
+      except shards_lib.Foreign:
+        foreign += 1
+      except shards_lib.Damaged:
+        pass  # Missing, then.
+  if foreign == len(there) > 1:
+    raise UserError(
+      f'--store: the manifest at {path} is of this harvest, but every shard '
+      'there is of another store; give another folder, or delete them with '
+      f'`python -m gsae_jax.store verify {path} --repair`'
+    )
+  return missing

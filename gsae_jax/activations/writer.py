@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from gsae_jax.activations import layout
+from gsae_jax.activations import layout, verify
 from gsae_jax.activations import shards as shards_lib
 from gsae_jax.activations import store as store_lib
 from gsae_jax.activations.shards import RECORDS
-from gsae_jax.activations.store import Encoding
 from gsae_jax.errors import UserError
 
 _CHECKED_AT_ONCE = 64  # Shards; a few small reads each.
@@ -44,7 +43,7 @@ class StoreWriter:
     chunk_rows: int,
     buffer_rows: int,
     dtype: str,
-    make_encodings: Callable[[], dict[str, Encoding | None]],
+    make_encodings: Callable[[], dict[str, layout.Encoding | None]],
     missing: np.ndarray | None = None,
   ):
     """Opens or creates the store.
@@ -77,7 +76,8 @@ class StoreWriter:
     self._header = {
       'schema': layout.SCHEMA,
       'identity': identity,
-      'content_hash': layout.content_hash(identity),
+      'content_hash': None,  # Of the identity and of:
+      'encodings': None,
       'rows': rows,
       'shard_rows': shard_rows,
       'chunk_rows': chunk_rows,
@@ -85,23 +85,21 @@ class StoreWriter:
       'widths': dict(widths),
     }
     self.row_bytes = layout.row_bytes(self._header)
-    try:
+    with layout.accessing(path, 'write'):
       self._kv = layout.open_kvstore(path)
-      manifest = self._claim(make_encodings)
-      self.encodings = store_lib.encodings_of(manifest)
+      finished = self._claim(make_encodings)
+      self.encodings = layout.encodings_of(self._header)
       self._arrays = {
-        name: ts.open(spec, create=True, open=True).result()
+        name: self._open(name, spec)
         for name, spec in layout.array_specs(path, self._header).items()
       }
-      self.missing = self._find_missing() if missing is None else missing
-      if self.missing.any() and 'sites' in manifest:
+      self.missing = missing
+      if missing is None:
+        self.missing = verify.missing_shards(
+          path, self._header, self._kv, self._arrays
+        )
+      if self.missing.any() and finished:
         self._write_manifest({})  # Unfinished again, until they are there.
-    except UserError:
-      raise
-    except (ValueError, OSError) as e:
-      raise UserError(
-        f'--store: cannot write {path}: {layout.reason(e)}'
-      ) from e
     self._check_space()
     self._writing: list[concurrent.futures.Future] = []
     # Of two, one computes while the other waits for the disk.
@@ -114,16 +112,18 @@ class StoreWriter:
     """Finishes the shards in hand and drops those that wait."""
     self._threads.shutdown(cancel_futures=True)
 
-  def _claim(self, make_encodings) -> dict[str, Any]:
-    """The manifest of this store; written, if the place is free."""
+  def _claim(self, make_encodings) -> bool:
+    """Makes the place this store's; whether it was finished already."""
     manifest = layout.read_manifest(self.path)
     if manifest is None:
-      encodings = {
+      self._header['encodings'] = {
         site: e and {'mean': e.mean_D.tolist(), 'scale': float(e.scale)}
         for site, e in make_encodings().items()
       }
-      self._header['encodings'] = encodings
-      self._write_manifest({}, only_first=True)
+      self._header['content_hash'] = layout.content_hash(self._header)
+      none = self._kv.read(layout.MANIFEST).result()
+      if none.state == 'missing':
+        self._write_manifest({}, over=none.stamp.generation)
       # Somebody else may have been quicker; or there is no such bucket, of
       # which S3 says no word.
       manifest = layout.read_manifest(self.path)
@@ -139,54 +139,22 @@ class StoreWriter:
         f'--store: {self.path} holds another store ({different[0]}); give '
         'another folder'
       )
-    self._header['encodings'] = manifest['encodings']
-    return manifest
+    self._header |= {name: manifest[name] for name in derived}
+    return 'sites' in manifest
 
-  def _find_missing(self) -> np.ndarray:
-    """Bool `[shards]`: not there, or not as it was written.
-
-    Of a shard that is there only the first chunk of each array is read, which
-    tells lost, truncated and foreign files; `gsae_jax.store verify` reads all.
-    """
-    found = shards_lib.listed(self._kv, self._arrays)
-    there = sorted(set.intersection(*found.values()) & set(range(self.shards)))
-    missing = np.ones(self.shards, bool)
-    foreign = 0
-    for i in range(0, len(there), _CHECKED_AT_ONCE):
-      started = [
-        (s, self._start_check(s)) for s in there[i:][:_CHECKED_AT_ONCE]
-      ]
-      for shard, (record, chunks) in started:
-        try:
-          record = self._record(shard, record)
-          for name, rows in chunks.items():
-            rows = shards_lib.arrived(rows, f'{self.path}/{name}')
-            shards_lib.check_rows(
-              record, name, rows, chunk_rows=self._chunk_rows
-            )
-          missing[shard] = False
-        except shards_lib.Foreign:
-          foreign += 1
-        except shards_lib.Damaged:
-          pass  # Missing, then.
-    if foreign and foreign == len(there):
-      raise UserError(
-        f'--store: the manifest at {self.path} is of this harvest, but every '
-        'shard there is of another store; move them away, or give another '
-        'folder'
-      )
-    return missing
+  def _open(self, name: str, spec: dict[str, Any]) -> ts.TensorStore:
+    """An array, made anew where its metadata are not those that they must be."""
+    try:
+      return ts.open(spec, create=True, open=True).result()
+    except ValueError as e:
+      if not layout.is_damage(e):
+        raise
+      self._kv.write(f'{name}/zarr.json', None).result()
+      return ts.open(spec, create=True, open=True).result()
 
   def _record(self, shard: int, read: ts.Future) -> shards_lib.Record:
     raw = shards_lib.arrived(read, f'{self.path}/{RECORDS}').value
     return shards_lib.read_record(raw, self._header['content_hash'], shard)
-
-  def _start_check(self, shard: int):
-    start, stop = self._bounds(shard)
-    stop = min(start + self._chunk_rows, stop)
-    return self._kv.read(shards_lib.shard_key(RECORDS, shard)), {
-      name: array[start:stop].read() for name, array in self._arrays.items()
-    }
 
   def _bounds(self, shard: int) -> tuple[int, int]:
     start = shard * self._shard_rows
@@ -264,6 +232,8 @@ class StoreWriter:
         future.result()
       raw = record.to_json(self._header['content_hash'], shard)
       self._kv.write(shards_lib.shard_key(RECORDS, shard), raw).result()
+    except UserError:
+      raise
     except (ValueError, OSError) as e:
       raise UserError(
         f'--store: cannot write shard {shard} of {self.path}: '
@@ -274,8 +244,14 @@ class StoreWriter:
     self.rows_written += stop - start
 
   def finish(self) -> None:
-    """Writes the statistics into the manifest, when every shard is there."""
-    found = shards_lib.listed(self._kv, [])[RECORDS]
+    """Writes the statistics into the manifest, when every shard is there.
+
+    Raises:
+      UserError: they are not, or somebody changed the manifest meanwhile.
+    """
+    with layout.accessing(self.path, 'read'):
+      before = self._kv.read(layout.MANIFEST).result().stamp.generation
+      found = shards_lib.listed(self._kv, [])[RECORDS]
     if not found >= set(range(self.shards)):
       raise UserError(
         f'--store: {self.path} lacks shards that other processes were to '
@@ -298,21 +274,21 @@ class StoreWriter:
         for site in widths:
           sums[site] += record.sums[site]
           squares[site] += record.squares[site]
-    self._write_manifest(
-      {
-        'sites': {
-          site: {
-            'mean': (sums[site] / self.rows).tolist(),
-            'mean_squared_norm': squares[site] / self.rows,
-          }
-          for site in widths
-        }
+    sites = {
+      site: {
+        'mean': (sums[site] / self.rows).tolist(),
+        'mean_squared_norm': squares[site] / self.rows,
       }
-    )
+      for site in widths
+    }
+    if not self._write_manifest({'sites': sites}, over=before):
+      raise UserError(
+        f'--store: {self.path}: somebody else changed the manifest while the '
+        'store was being finished; run the same gsae_jax.harvest command again'
+      )
 
-  def _write_manifest(self, more: dict[str, Any], *, only_first=False) -> None:
-    layout.write_manifest(
-      self.path,
-      self._header | {'provenance': self._provenance} | more,
-      only_first=only_first,
-    )
+  def _write_manifest(
+    self, more: dict[str, Any], *, over: bytes | None = None
+  ) -> bool:
+    manifest = self._header | {'provenance': self._provenance} | more
+    return layout.write_manifest(self.path, manifest, over=over)

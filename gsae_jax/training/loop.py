@@ -16,6 +16,7 @@ from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import Store
 from gsae_jax.activations.stream import Stream
 from gsae_jax.config import MemberConfig, TrainConfig
+from gsae_jax.errors import Preempted
 from gsae_jax.training import checkpoints
 from gsae_jax.training import state as state_lib
 from gsae_jax.training.members import Member, build_members
@@ -98,11 +99,15 @@ def train(
         save(step)
       if stopping:
         return False
+      try:
+        batch = next(batches)
+      except Preempted:  # While a stream was filling its buffer.
+        save(step)
+        return False
       if step in settings.resample_steps:
         entropy = (*jax.device_get(key).tolist(), step)
         for event in resample_members(run, loader, settings, step, entropy):
           tracker.event(event)
-      batch = next(batches)
       metrics = {}
       with jax.transfer_guard('disallow'):
         for m in run:

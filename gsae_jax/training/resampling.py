@@ -4,7 +4,6 @@ The paper does not say how a Gated SAE's own parameters are reset; here the
 resampled feature starts as at initialisation: biases and r_mag at 0.
 """
 
-import functools
 import zlib
 from typing import Any
 
@@ -103,43 +102,53 @@ def resample_members(
 ) -> list[dict[str, Any]]:
   """Resamples every member's dead features; returns a record of each event.
 
-  The subset that losses are computed on is the batches that come next. A
-  member's draws depend on its name, not on its company.
+  The subset that losses are computed on is the batches that come next, read
+  twice: for the losses of all members, and for what was drawn. A member's draws
+  depend on its name, not on its company.
   """
   batches = range(step, step + settings.resample_rows // settings.batch_size)
-  events = []
-  for m in run:
-    dead_F = jax.device_get(m.state.steps_since_fired) >= settings.dead_after
-    events.append(
-      {
-        'step': step,
-        'tokens': step * settings.batch_size,
-        'member': m.config.name,
-        'resampled': int(dead_F.sum()),
-      }
+  dead = {
+    m.config.name: jax.device_get(m.state.steps_since_fired)
+    >= settings.dead_after
+    for m in run
+  }
+  dying = [m for m in run if dead[m.config.name].any()]
+  losses = {m.config.name: [] for m in dying}
+  for b in batches if dying else ():
+    for m in dying:
+      x_BD = loader.rows_at(b, m.config.site)
+      losses[m.config.name].append(
+        _row_losses(m.module, m.state.params, x_BD, m.hyper.scale)
+      )
+  drawn, found = {}, {}
+  for m in dying:
+    name = m.config.name
+    drawn[name] = draw_rows(
+      np.concatenate(losses[name]),
+      int(dead[name].sum()),
+      entropy=(*entropy, zlib.crc32(name.encode())),
     )
-    if not dead_F.any():
-      continue
-    rows = functools.partial(loader.rows_at, site=m.config.site)
-    losses_N = np.concatenate(
-      [
-        _row_losses(m.module, m.state.params, rows(b), m.hyper.scale)
-        for b in batches
-      ]
-    )
-    drawn = draw_rows(
-      losses_N,
-      int(dead_F.sum()),
-      entropy=(*entropy, zlib.crc32(m.config.name.encode())),
-    )
+    found[name] = np.zeros((len(drawn[name]), m.module.width), np.float32)
+  for b in batches if dying else ():
+    for m in dying:
+      batch_of, row_of = np.divmod(drawn[m.config.name], settings.batch_size)
+      here = batch_of == b - step
+      if here.any():
+        x_BD = loader.rows_at(b, m.config.site)
+        found[m.config.name][here] = x_BD[row_of[here]]
+  for m in dying:
+    dead_F = dead[m.config.name]
     drawn_FD = np.zeros((m.module.features, m.module.width), np.float32)
-    batch_of, row_of = np.divmod(drawn, settings.batch_size)
-    found = np.zeros((len(drawn), m.module.width), np.float32)
-    for b in np.unique(batch_of):
-      here = batch_of == b
-      found[here] = rows(int(b) + step)[row_of[here]]
-    drawn_FD[dead_F] = found * float(m.hyper.scale)
+    drawn_FD[dead_F] = found[m.config.name] * float(m.hyper.scale)
     placed = jax.tree.map(lambda a: a.sharding, m.state)
     fresh = _resample(m.state, dead_F, drawn_FD, encoder=m.module.encoder)
     m.state = jax.device_put(fresh, placed)
-  return events
+  return [
+    {
+      'step': step,
+      'tokens': step * settings.batch_size,
+      'member': name,
+      'resampled': int(dead_F.sum()),
+    }
+    for name, dead_F in dead.items()
+  ]

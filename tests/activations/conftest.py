@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gsae_jax.activations.store import Encoding
+from gsae_jax.activations.layout import Encoding
 from gsae_jax.activations.writer import StoreWriter
 
 ROWS, SHARD, CHUNK, WIDTH = 1000, 256, 32, 8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from gsae_jax.activations import layout
+from gsae_jax.activations import layout, shards
 from gsae_jax.activations import store as store_lib
 from gsae_jax.activations.store import open_store
 from gsae_jax.activations.verify import Verifier
@@ -210,9 +210,35 @@ def test_the_manifest_of_another_store_does_not_claim_its_shards(tmp_path):
 
 
 def test_of_two_manifests_the_first_stays(tmp_path):
-  layout.write_manifest(str(tmp_path), {'schema': 1}, only_first=True)
-  layout.write_manifest(str(tmp_path), {'schema': 2}, only_first=True)
+  none = layout.open_kvstore(str(tmp_path)).read('manifest.json').result()
+  write = lambda number: layout.write_manifest(
+    str(tmp_path), {'schema': number}, over=none.stamp.generation
+  )
+  assert write(1) and not write(2)
   assert json.loads((tmp_path / 'manifest.json').read_text())['schema'] == 1
+
+
+def test_a_store_that_is_being_repaired_is_not_finished(tmp_path, monkeypatch):
+  fill(tmp_path)
+  (tmp_path / 'records/2.json').unlink()
+  listed = shards.listed
+
+  def meanwhile(*args):  # Somebody begins a repair behind our back.
+    found = listed(*args)
+    Verifier(str(tmp_path)).repair([])
+    return found
+
+  with writer(tmp_path) as w:
+    put(w, 2), w.flush()
+    monkeypatch.setattr(shards, 'listed', meanwhile)
+    with pytest.raises(UserError, match='somebody else changed the manifest'):
+      monkeypatch.setattr(
+        Verifier, '__init__', lambda self, path: vars(self).update(
+          path=path, manifest=layout.read_manifest(path) | {'rows': 999},
+          _kv=layout.open_kvstore(path),
+        ),
+      )  # fmt: skip
+      w.finish()
 
 
 def test_a_lost_shard_is_an_error_and_not_zeros(tmp_path):
@@ -222,6 +248,51 @@ def test_a_lost_shard_is_an_error_and_not_zeros(tmp_path):
   assert array[:256].read().result().shape == (256, WIDTH)
   with pytest.raises(ValueError, match='missing'):
     array[256:288].read().result()
+
+
+def test_rows_are_read_only_when_they_are_what_was_written(tmp_path):
+  fill(tmp_path)
+  store = open_store(str(tmp_path))
+  want = make_rows(0, ROWS)['mlp_out.0']
+  for first, last in ((0, 5), (30, 70), (250, 300), (0, ROWS), (970, ROWS)):
+    np.testing.assert_array_equal(
+      store.read('mlp_out.0', first, last), want[first:last]
+    )
+  place = tmp_path / 'mlp_out.0/activations/c'
+  shutil.copy(place / '1/0', place / '2/0')
+  store.read('mlp_out.0', 0, 512)
+  with pytest.raises(UserError, match='c/2/0: its rows are not those'):
+    store.read('mlp_out.0', 510, 514)
+
+
+def test_harvest_repairs_metadata_of_an_array(tmp_path, whole):
+  for change in (lambda t: t.replace('bfloat16', 'float16'), lambda t: t[:9]):
+    fill(tmp_path)
+    meta = tmp_path / 'mlp_out.0' / 'activations' / 'zarr.json'
+    meta.write_text(change(meta.read_text()))
+    assert fill(tmp_path) == []
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_single_foreign_shard_is_written_again(tmp_path):
+  for name, seed in (('ours', 0), ('theirs', 1)):
+    with writer(tmp_path / name, identity={'seed': seed}) as w:
+      put(w, 0, salt=seed), w.flush()
+  shutil.copytree(
+    tmp_path / 'theirs', tmp_path / 'ours', dirs_exist_ok=True,
+    ignore=lambda folder, names: ['manifest.json'],
+  )  # fmt: skip
+  assert fill(tmp_path / 'ours', identity={'seed': 0}) == [0, 1, 2, 3]
+
+
+def test_activations_that_are_not_finite_are_refused(tmp_path):
+  rows = make_rows(0, SHARD)
+  rows['mlp_out.0'][7, 3] = np.nan
+  with writer(tmp_path) as w:
+    w.put(0, rows)
+    with pytest.raises(UserError, match='mlp_out.0 are not all finite'):
+      w.flush()
+  assert not list((tmp_path / 'records').glob('*'))
 
 
 def test_a_lost_or_changed_array_is_named(tmp_path):
@@ -239,8 +310,17 @@ def test_a_lost_or_changed_array_is_named(tmp_path):
 def test_stores_that_are_not_there_or_not_known(tmp_path):
   with pytest.raises(UserError, match='no activation store at'):
     open_store(str(tmp_path))
-  with pytest.raises(UserError, match='http:// is not known'):
-    open_store('http://somewhere')
+  for place in (
+    'http://somewhere',
+    'gs://',
+    's3:///x',
+    'gs:/bucket/x',
+    'ftp:x',
+  ):
+    with pytest.raises(UserError, match=f'{place} is not a place; give a fold'):
+      open_store(place)
+  with pytest.raises(UserError, match='--store is empty'):
+    open_store('')
   fill(tmp_path)
   path = tmp_path / 'manifest.json'
   text = path.read_text()
@@ -253,7 +333,11 @@ def test_stores_that_are_not_there_or_not_known(tmp_path):
     open_store(str(tmp_path))
   del manifest['digest']
   layout.write_manifest(str(tmp_path), manifest | {'identity': {'seed': 1}})
-  with pytest.raises(UserError, match='content hash is not that of its ident'):
+  with pytest.raises(UserError, match='content hash is not that of its conte'):
+    open_store(str(tmp_path))
+  del manifest['widths']
+  layout.write_manifest(str(tmp_path), manifest)
+  with pytest.raises(UserError, match="manifest.json lacks 'widths'; put the"):
     open_store(str(tmp_path))
   for bad, match in (('[]', 'is not a manifest'), ('{', 'is not JSON')):
     path.write_text(bad)

@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.layout import content_hash
+from gsae_jax.activations.source import nothing
 from gsae_jax.activations.stream import Stream
-from gsae_jax.errors import UserError
+from gsae_jax.errors import Preempted, UserError
 from gsae_jax.lm import text
 from gsae_jax.mesh import make_mesh
 from tests.activations.test_source import SITES, buffer, source
@@ -32,7 +33,9 @@ def contexts(embedded):
   )
 
 
-def stream(lm, contexts, *, batch_size=128, centre=False, **changes):
+def stream(
+  lm, contexts, *, batch_size=128, centre=False, tick=nothing, **changes
+):
   values = {'rows': 2100, 'buffer_rows': 512}
   return Stream(
     source(lm, contexts, **values | changes),
@@ -41,6 +44,7 @@ def stream(lm, contexts, *, batch_size=128, centre=False, **changes):
     batch_size=batch_size,
     centre=centre,
     dtype=changes.get('dtype', 'float32'),
+    tick=tick,
   )
 
 
@@ -91,7 +95,9 @@ def test_statistics_are_of_the_first_buffer(embedded, contexts):
   np.testing.assert_allclose(site.mean_D, x.mean(0, np.float64), rtol=1e-9)
   want = (x.astype(np.float64) ** 2).sum(1).mean()
   np.testing.assert_allclose(site.mean_squared_norm, want, rtol=1e-9)
-  assert s.store.content_hash == content_hash({'seed': 0, 'streamed': True})
+  assert s.store.content_hash == content_hash(
+    {'identity': {'seed': 0, 'streamed': True}, 'encodings': None}
+  )
   assert site.width == 128 and s.store.rows == 2100
 
 
@@ -100,6 +106,24 @@ def test_sizes_that_do_not_fit(embedded, contexts):
     stream(embedded, contexts, batch_size=100)
   with pytest.raises(UserError, match='4096 is more than the 2100 rows of the'):
     stream(embedded, contexts, buffer_rows=4096)
+
+
+def test_filling_a_buffer_can_be_left(embedded, contexts):
+  calls = []
+
+  def tick():
+    calls.append(0)
+    if len(calls) == 2:
+      raise Preempted
+
+  s = stream(embedded, contexts, tick=tick)  # The first is filled in peace.
+  batches = s.batches(NamedSharding(make_mesh(4, 1), P('data')), start=0)
+  for _ in range(4):
+    next(batches)
+  with pytest.raises(Preempted):
+    next(batches)
+  s.rows_at(4, SITE)  # Which resampling asks for; it does not ask back.
+  assert len(calls) == 2
 
 
 def test_transfers_are_explicit(embedded, contexts):

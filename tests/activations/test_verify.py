@@ -98,6 +98,28 @@ def test_a_lost_record_is_damage_of_a_finished_store_only(tmp_path):
     assert verify(tmp_path) == []
 
 
+def test_a_centred_store_is_another_store_with_another_mean(tmp_path):
+  fill(tmp_path / 'a', centred=True)
+  fill(tmp_path / 'b')
+  name = 'mlp_out.0/activations/c/1/0'
+  a, b = files(tmp_path / 'a'), files(tmp_path / 'b')
+  assert a[name] == b[name]  # Sound, and of the same identity.
+  shutil.copy(tmp_path / 'b/records/1.json', tmp_path / 'a/records/1.json')
+  (bad,) = verify(tmp_path / 'a')
+  assert bad.shard == 1 and 'of the store' in bad.why
+
+
+def test_repair_on_storage_that_forbids_it_has_a_line(tmp_path):
+  fill(tmp_path)
+  bad = verify(tmp_path)
+  assert not bad
+  (tmp_path / 'token_ids/c/1').unlink()
+  (tmp_path / 'token_ids/c/1/in_the_way').mkdir(parents=True)
+  bad = verify(tmp_path)
+  with pytest.raises(UserError, match='cannot delete .*token_ids/c/1'):
+    Verifier(str(tmp_path)).repair(bad)
+
+
 def test_lost_metadata_of_an_array_is_found(tmp_path, whole):
   fill(tmp_path)
   (tmp_path / 'positions/zarr.json').unlink()
@@ -118,23 +140,23 @@ def test_an_unfinished_store_is_not_a_damaged_one(tmp_path):
     Verifier(str(tmp_path / 'nowhere'))
 
 
-def test_fingerprints_are_sums_of_words():
-  x = np.arange(12, dtype=np.uint16).reshape(6, 2)
-  # Two rows are eight bytes: one word; the last chunk has one.
-  words = x.reshape(-1).astype(object)
+def test_fingerprints_are_weighted_sums_of_words():
+  x = np.random.default_rng(0).integers(0, 2**16, (7, 6)).astype(np.uint16)
+
+  def row(values):  # Twelve bytes: two words, half of the second padding.
+    raw = values.tobytes() + bytes(4)
+    return sum(int.from_bytes(raw[i : i + 8], 'little') for i in (0, 8))
+
   want = [
-    sum(int(w) << (16 * i) for i, w in enumerate(words[k : k + 4]))
-    for k in range(0, 12, 4)
+    sum((2 * i + 1) * row(r) for i, r in enumerate(x[k : k + 3])) % 2**64
+    for k in (0, 3, 6)
   ]
-  np.testing.assert_array_equal(
-    shards.fingerprints(x, 2), np.array(want, np.uint64)
-  )
-  np.testing.assert_array_equal(
-    shards.fingerprints(x[:5], 4)[1], want[2] & (2**32 - 1)
-  )
-  # Bytes that fill no word are padded with zeros.
-  odd = shards.fingerprints(np.array([True] * 9), 9)
-  assert odd.tolist() == [int.from_bytes(b'\1' * 8, 'little') + 1]
+  got = shards.fingerprints(x, 3)
+  np.testing.assert_array_equal(got, np.array(want, np.uint64))
+  # Rows in another order are other rows; of scalars, too.
+  assert shards.fingerprints(x[[1, 0, 2]], 3)[0] != got[0]
+  assert shards.fingerprints(np.array([3, 5]), 2) == [3 + 3 * 5]
+  assert shards.fingerprints(np.array([True, True, False]), 3) == [1 + 3]
 
 
 def test_records_come_back_and_notice_changes(whole):
