@@ -77,24 +77,6 @@ def test_failure_of_one_ends_both(tmp_path):
   assert not any('Traceback' in err for _, err in outputs)
 
 
-def test_a_process_without_work_is_preempted_too(tmp_path):
-  # Only the last buffer is missing, which the first process makes.
-  long = ('--config.store.tokens=65536', '--config.store.buffer_rows=8192')
-  flag = f'--store={tmp_path}'
-  start('harvest', flag, *long).communicate(timeout=300)
-  for record in (tmp_path / 'records').glob('*.json'):
-    record.unlink()
-  before = (tmp_path / 'manifest.json').stat().st_mtime_ns
-  both = start_both(flag, *long)
-  while (tmp_path / 'manifest.json').stat().st_mtime_ns == before:
-    assert both[0].poll() is None, both[0].communicate()
-    time.sleep(0.01)
-  both[1].send_signal(signal.SIGTERM)
-  codes, outputs = finish(both)
-  assert codes == [42, 42], outputs
-  assert 'the same command goes on' in outputs[0][1]
-
-
 def test_a_process_that_is_killed_ends_the_other_in_order(tmp_path):
   flags = (f'--store={tmp_path}', '--config.store.tokens=200000')
   both = start_both(*flags)
