@@ -90,6 +90,7 @@ def train(
       if step not in done:
         _check_finite(run, step)
         saved.save(step, _to_checkpoint(run, key), metadata)
+        done.append(step)
 
     batches = loader.batches(NamedSharding(mesh, P('data')), start=first)
     ready = None

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gsae_jax.errors import UserError
+from gsae_jax.errors import Preempted, UserError
 from gsae_jax.mesh import make_mesh
 from gsae_jax.sae import ARCHITECTURES
 from gsae_jax.training import loop
@@ -85,6 +85,33 @@ def test_resumed_equals_uninterrupted_to_the_bit(store, tmp_path):
   b = params_at(tmp_path / 'cut', 30, store, MEMBERS, mesh)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert a['g'].step == 30
+
+
+def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
+  # The signal comes while the batch of a step that was just saved is made.
+  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
+  settings_, meta = settings(), {
+    'schema': 1,
+    'config': {'seed': 0, 'train': {'batch_size': settings().batch_size}},
+    'identity': {'seed': 0},
+    'store': store.content_hash,
+    'store_identity': store.identity,
+  }  # fmt: skip
+  inner = open_loader(store, MEMBERS, settings_)
+
+  class Left:
+    def batches(self, sharding, *, start):
+      for i, batch in enumerate(inner.batches(sharding, start=start)):
+        if start + i == 10:
+          raise Preempted
+        yield batch
+
+  finished = loop.train(
+    store, Left(), MEMBERS, settings_, mesh=make_mesh(1, -1), seed=0,
+    workdir=str(tmp_path / 'cut'), metadata=meta, preempted=lambda: False,
+  )  # fmt: skip
+  assert not finished
+  assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole
 
 
 def test_a_crash_loses_only_what_came_after_the_checkpoint(store, tmp_path):
