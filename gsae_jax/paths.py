@@ -5,18 +5,27 @@ from etils import epath
 from gsae_jax.errors import UserError
 
 
+def split(path: str) -> tuple[str, str]:
+  """Scheme and what follows its `://`; no scheme and the path, of a folder.
+
+  `gs:/x` has a scheme too, and nothing behind it; `2026-11-21T10:00` has none.
+  """
+  scheme, colon, place = path.partition(':')
+  if not colon or not (scheme.isalpha() or scheme == 's3'):
+    return '', path
+  return scheme, place[2:] if place.startswith('//') else ''
+
+
 def workdir(path: str) -> epath.Path:
   """The path of a workdir.
 
   Raises:
     UserError: it is on storage that has no checkpoints, or gcsfs is missing.
   """
-  scheme, colon, place = path.partition(':')
-  if not colon or '/' in scheme:
-    scheme = ''
-  if scheme == 'gs' and not place.removeprefix('//').partition('/')[0]:
+  scheme, place = split(path)
+  if scheme == 'gs' and not place.partition('/')[0]:
     raise UserError(f'--workdir: {path} has no bucket; give gs://BUCKET/PATH')
-  if scheme not in ('', 'gs') or (scheme and not place.startswith('//')):
+  if scheme not in ('', 'gs'):
     raise UserError(
       f'--workdir: {path}: checkpoints cannot be on {scheme}://; give a local '
       'folder or gs://'

@@ -1,10 +1,12 @@
 r"""Looks at an activation store, finished or not.
 
-python -m gsae_jax.store inspect PATH     what it is and what is in it
-python -m gsae_jax.store verify PATH      reads every byte; names bad files
-python -m gsae_jax.store verify PATH --repair    and deletes them, so that the
-                                          same harvest writes them again
-python -m gsae_jax.store stats PATH       norms of a sample of rows
+  python -m gsae_jax.store inspect PATH     what it is and what is in it
+  python -m gsae_jax.store verify PATH      reads every byte; names bad files
+  python -m gsae_jax.store verify PATH --repair    and deletes them, so that the
+                                            same harvest writes them again
+  python -m gsae_jax.store stats PATH       norms of a sample of rows
+
+PATH is a folder, gs:// or s3://.
 """
 
 import json

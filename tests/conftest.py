@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+from gsae_jax.lm import text  # noqa: E402
 from gsae_jax.lm.weights import load_language_model  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,6 +32,20 @@ def pytest_configure(config):
 @pytest.fixture(scope='session')
 def embedded():
   return load_language_model('embedded', revision=None, dtype='float32')
+
+
+def held_out_contexts(lm, *, documents, rows, **changes):
+  """Contexts of the first held-out documents of the standard library."""
+  settings = {
+    'context_length': 32,
+    'packing': 'stream',
+    'prepend_bos': True,
+    'special_tokens': 'drop',
+  }
+  texts = text.split(text.read_documents('stdlib', None), 0.1, 'held_out')
+  return text.pack(
+    texts[:documents], lm.tokenizer, rows=rows, **settings | changes
+  )
 
 
 @pytest.fixture(scope='session')

@@ -22,7 +22,7 @@ ALLOWED = {
   'parsing': set(),
   'mesh': set(),
   'lm': set(),
-  'activations': {'lm'},
+  'activations': {'lm', 'paths'},
   'sae': set(),
   'config': {'sae', 'parsing'},
   'training': {'activations', 'sae', 'config', 'mesh', 'paths'},

@@ -14,6 +14,10 @@ def test_workdirs_are_folders_or_on_google_storage(tmp_path, monkeypatch):
   assert not paths.is_remote(paths.workdir('run'))
   monkeypatch.setenv('HOME', str(tmp_path))
   assert str(paths.workdir('~/run')) == str(tmp_path / 'run')
+  # A colon does not make a bucket of a folder.
+  assert (
+    str(paths.workdir('2026-11-21T10:00')) == f'{tmp_path}/2026-11-21T10:00'
+  )
   remote = paths.workdir('gs://bucket/run')
   assert str(remote) == 'gs://bucket/run' and paths.is_remote(remote / 'a')
   for scheme in ('s3', 'hdfs'):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from gsae_jax import paths
 from gsae_jax.errors import UserError
 
 SCHEMA = 2
@@ -56,10 +57,10 @@ def kvstore_spec(path: str, name: str = '') -> dict[str, Any]:
   Raises:
     UserError: it is none of those.
   """
-  scheme, colon, place = path.partition(':')
-  if colon and '/' not in scheme:
-    bucket, _, key = place.removeprefix('//').partition('/')
-    if scheme not in ('gs', 's3') or not place.startswith('//') or not bucket:
+  scheme, place = paths.split(path)
+  if scheme:
+    bucket, _, key = place.partition('/')
+    if scheme not in ('gs', 's3') or not bucket:
       raise UserError(
         f'--store: {path} is not a place; give a folder, gs://BUCKET/PATH or '
         's3://BUCKET/PATH'
@@ -155,6 +156,8 @@ def open_array(
     UserError: it is not, or there is nothing.
   """
   context = context or reading_context(0)
+  # A lost shard must not read as zeros.
+  spec = spec | {'fill_missing_data_reads': False}
   try:
     return ts.open(spec, open=True, read=True, context=context).result()
   except ValueError as e:

@@ -68,8 +68,9 @@ class Reader:
     for shard, read in reads.items():
       key = shards_lib.shard_key(shards_lib.RECORDS, shard)
       try:
-        raw = shards_lib.arrived(read, f'{self.store.path}/{key}').value
-        record = shards_lib.read_record(raw, self.store.content_hash, shard)
+        record = shards_lib.arrived_record(
+          read, self.store.path, self.store.content_hash, shard
+        )
       except shards_lib.Damaged as e:
         raise self._damaged(key, e) from e
       self._known[shard] = {

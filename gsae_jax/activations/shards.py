@@ -113,6 +113,14 @@ def arrived(read: ts.Future, key: str) -> Any:
     raise UserError(f'--store: cannot read {key}: {reason(e)}') from e
 
 
+def arrived_record(
+  read: ts.Future, path: str, store: str, shard: int
+) -> Record:
+  """The record that a read gives; raises what `arrived` and `read_record` do."""
+  key = f'{path}/{shard_key(RECORDS, shard)}'
+  return read_record(arrived(read, key).value, store, shard)
+
+
 def fingerprints(values: np.ndarray, chunk_rows: int) -> np.ndarray:
   """One uint64 for each inner chunk of consecutive rows.
 

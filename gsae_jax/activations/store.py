@@ -40,7 +40,7 @@ class Store:
     path: where it is.
     identity: everything that determines its content.
     provenance: where that came from: `lm_path`, `lm_revision`, `text_path`.
-    content_hash: SHA-256 of the identity.
+    content_hash: SHA-256 of the identity and of how values are encoded.
     rows: N.
     shard_rows: rows of a shard.
     chunk_rows: rows of an inner chunk.
@@ -68,11 +68,9 @@ class Store:
     Raises:
       UserError: it is not there, or not what the manifest says.
     """
-    header = dataclasses.asdict(self)
-    header['widths'] = {site: s.width for site, s in self.sites.items()}
-    spec = layout.array_specs(self.path, header)[name]
-    # A lost shard must not read as zeros.
-    return layout.open_array(spec | {'fill_missing_data_reads': False}, context)
+    widths = {site: s.width for site, s in self.sites.items()}
+    specs = layout.array_specs(self.path, vars(self) | {'widths': widths})
+    return layout.open_array(specs[name], context)
 
   def read(self, site: str, first: int, last: int) -> np.ndarray:
     """The activations `[last - first, D]` of consecutive rows.

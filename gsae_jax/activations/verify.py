@@ -69,9 +69,7 @@ class Verifier:
     bad = []
     for name, spec in self._specs.items():
       try:
-        arrays[name] = layout.open_array(
-          spec | {'fill_missing_data_reads': False}
-        )
+        arrays[name] = layout.open_array(spec)
       except UserError as e:
         if not layout.is_damage(e.__cause__):
           raise
@@ -103,8 +101,9 @@ class Verifier:
       yield Damage(shard, key, 'is missing')
       return
     try:
-      raw = shards_lib.arrived(record, f'{self.path}/{key}').value
-      record = shards_lib.read_record(raw, self.manifest['content_hash'], shard)
+      record = shards_lib.arrived_record(
+        record, self.path, self.manifest['content_hash'], shard
+      )
     except shards_lib.Damaged as e:
       yield Damage(shard, key, str(e))
       return
@@ -169,8 +168,9 @@ def missing_shards(
       (s, start(s)) for s in there[i:][:_AT_ONCE]
     ]:
       try:
-        raw = shards_lib.arrived(record, f'{path}/{RECORDS}').value
-        record = shards_lib.read_record(raw, header['content_hash'], shard)
+        record = shards_lib.arrived_record(
+          record, path, header['content_hash'], shard
+        )
         for name, read in chunks.items():
           values = shards_lib.arrived(read, f'{path}/{name}')
           shards_lib.check_rows(

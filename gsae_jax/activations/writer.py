@@ -152,10 +152,6 @@ class StoreWriter:
       self._kv.write(f'{name}/zarr.json', None).result()
       return ts.open(spec, create=True, open=True).result()
 
-  def _record(self, shard: int, read: ts.Future) -> shards_lib.Record:
-    raw = shards_lib.arrived(read, f'{self.path}/{RECORDS}').value
-    return shards_lib.read_record(raw, self._header['content_hash'], shard)
-
   def _bounds(self, shard: int) -> tuple[int, int]:
     start = shard * self._shard_rows
     return start, min(start + self._shard_rows, self.rows)
@@ -265,7 +261,9 @@ class StoreWriter:
       reads = [self._kv.read(shards_lib.shard_key(RECORDS, s)) for s in numbers]
       for shard, read in zip(numbers, reads, strict=True):
         try:
-          record = self._record(shard, read)
+          record = shards_lib.arrived_record(
+            read, self.path, self._header['content_hash'], shard
+          )
         except shards_lib.Damaged as e:
           key = shards_lib.shard_key(RECORDS, shard)
           raise UserError(

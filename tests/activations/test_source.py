@@ -8,22 +8,14 @@ from gsae_jax.activations.layout import Encoding
 from gsae_jax.activations.source import Source
 from gsae_jax.errors import Preempted
 from gsae_jax.lm import text
+from tests.conftest import held_out_contexts
 
 SITES = ('mlp_out.0', 'attn_pre_linear.0')
 
 
 @pytest.fixture(scope='module')
 def contexts(embedded):
-  documents = text.read_documents('stdlib', None)
-  return text.pack(
-    text.split(documents, 0.1, 'held_out')[:40],
-    embedded.tokenizer,
-    context_length=32,
-    packing='stream',
-    prepend_bos=True,
-    special_tokens='drop',
-    rows=5000,
-  )
+  return held_out_contexts(embedded, documents=40, rows=5000)
 
 
 def source(lm, contexts, **changes):
@@ -155,15 +147,8 @@ def test_bfloat16_without_the_mean_keeps_more_of_what_differs(
 
 
 def test_kept_special_tokens_are_marked(embedded):
-  documents = text.read_documents('stdlib', None)
-  contexts = text.pack(
-    text.split(documents, 0.1, 'held_out')[:40],
-    embedded.tokenizer,
-    context_length=32,
-    packing='stream',
-    prepend_bos=True,
-    special_tokens='keep',
-    rows=2000,
+  contexts = held_out_contexts(
+    embedded, documents=40, rows=2000, special_tokens='keep'
   )
   shard = buffer(source(embedded, contexts, rows=2000), 0)
   is_bos = shard['token_ids'] == embedded.tokenizer.bos_id

@@ -12,25 +12,16 @@ from gsae_jax.activations.layout import content_hash
 from gsae_jax.activations.source import nothing
 from gsae_jax.activations.stream import Stream
 from gsae_jax.errors import Preempted, UserError
-from gsae_jax.lm import text
 from gsae_jax.mesh import make_mesh
 from tests.activations.test_source import SITES, buffer, source
+from tests.conftest import held_out_contexts
 
 SITE = 'mlp_out.0'
 
 
 @pytest.fixture(scope='module')
 def contexts(embedded):
-  documents = text.read_documents('stdlib', None)
-  return text.pack(
-    text.split(documents, 0.1, 'held_out')[:20],
-    embedded.tokenizer,
-    context_length=32,
-    packing='stream',
-    prepend_bos=True,
-    special_tokens='drop',
-    rows=2100,
-  )
+  return held_out_contexts(embedded, documents=20, rows=2100)
 
 
 def stream(

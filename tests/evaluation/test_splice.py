@@ -7,8 +7,8 @@ import pytest
 
 from gsae_jax.evaluation import metrics
 from gsae_jax.evaluation.splice import Evaluator
-from gsae_jax.lm import text
 from gsae_jax.sae import ARCHITECTURES
+from tests.conftest import held_out_contexts
 
 SITE, WIDTH, FEATURES, LENGTH = 'mlp_out.0', 128, 192, 32
 TOKENS = 700
@@ -16,15 +16,8 @@ TOKENS = 700
 
 @pytest.fixture(scope='module')
 def contexts(embedded):
-  documents = text.read_documents('stdlib', None)
-  return text.pack(
-    text.split(documents, 0.1, 'held_out')[:20],
-    embedded.tokenizer,
-    context_length=LENGTH,
-    packing='stream',
-    prepend_bos=True,
-    special_tokens='drop',
-    rows=TOKENS,
+  return held_out_contexts(
+    embedded, documents=20, rows=TOKENS, context_length=LENGTH
   )
 
 
