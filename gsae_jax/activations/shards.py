@@ -36,11 +36,13 @@ class Record:
   Attributes:
     fingerprints: uint64 `[chunks]` by array name.
     sums: float64 `[D]` by site, of the activations.
+    norms: sum of `||x||` by site.
     squares: sum of `||x||^2` by site.
   """
 
   fingerprints: dict[str, np.ndarray]
   sums: dict[str, np.ndarray]
+  norms: dict[str, float]
   squares: dict[str, float]
 
   def to_json(self, store: str, shard: int) -> bytes:
@@ -56,6 +58,7 @@ class Record:
       'shard': shard,
       'fingerprints': {k: hexadecimal(v) for k, v in self.fingerprints.items()},
       'sums': {k: v.tolist() for k, v in self.sums.items()},
+      'norms': self.norms,
       'squares': self.squares,
     }
     return json.dumps(body | {'digest': sha256_of(body)}).encode()
@@ -82,6 +85,7 @@ def read_record(raw: bytes, store: str, shard: int) -> Record:
   return Record(
     fingerprints={k: numbers(v) for k, v in body['fingerprints'].items()},
     sums={k: np.array(v) for k, v in body['sums'].items()},
+    norms=body['norms'],
     squares=body['squares'],
   )
 
@@ -144,9 +148,9 @@ def fingerprints(values: np.ndarray, chunk_rows: int) -> np.ndarray:
 
 def row_sums(
   stored_ND: np.ndarray, encoding: Encoding | None
-) -> tuple[np.ndarray, float]:
-  """Float64 sums over rows of the activations and of their squared norms."""
-  total_D, squares = np.zeros(stored_ND.shape[1]), 0.0
+) -> tuple[np.ndarray, float, float]:
+  """Float64 sums over rows: activations, their norms, their squared norms."""
+  total_D, norms, squares = np.zeros(stored_ND.shape[1]), 0.0, 0.0
   for start in range(0, len(stored_ND), _BLOCK):
     x_BD = stored_ND[start : start + _BLOCK]
     if encoding is None:
@@ -154,8 +158,10 @@ def row_sums(
     else:
       x_BD = encoding.decode(x_BD, np.float64)
     total_D += x_BD.sum(0)
-    squares += float(np.vdot(x_BD, x_BD))
-  return total_D, squares
+    squares_B = np.einsum('bd,bd->b', x_BD, x_BD)
+    norms += float(np.sqrt(squares_B).sum())
+    squares += float(squares_B.sum())
+  return total_D, norms, squares
 
 
 def make_record(
@@ -174,7 +180,7 @@ def make_record(
     site: row_sums(values[f'{site}/activations'], encoding)
     for site, encoding in encodings.items()
   }
-  for site, (_, squares) in sums.items():
+  for site, (_, _, squares) in sums.items():
     if not np.isfinite(squares):
       raise UserError(
         f'sites: activations of {site} are not all finite; run the language '
@@ -182,8 +188,9 @@ def make_record(
       )
   return Record(
     fingerprints={k: fingerprints(v, chunk_rows) for k, v in values.items()},
-    sums={site: total_D for site, (total_D, _) in sums.items()},
-    squares={site: squares for site, (_, squares) in sums.items()},
+    sums={site: total_D for site, (total_D, _, _) in sums.items()},
+    norms={site: norms for site, (_, norms, _) in sums.items()},
+    squares={site: squares for site, (_, _, squares) in sums.items()},
   )
 
 

@@ -22,12 +22,14 @@ class Site:
   Attributes:
     width: D.
     mean_D: float64 mean of the activations.
+    mean_norm: mean of `||x||` of the activations.
     mean_squared_norm: mean of `||x||^2` of the activations.
     encoding: how they are stored; None is as they are.
   """
 
   width: int
   mean_D: np.ndarray
+  mean_norm: float
   mean_squared_norm: float
   encoding: layout.Encoding | None
 
@@ -123,6 +125,7 @@ def open_store(path: str) -> Store:
       name: Site(
         width=manifest['widths'][name],
         mean_D=np.array(s['mean']),
+        mean_norm=s['mean_norm'],
         mean_squared_norm=s['mean_squared_norm'],
         encoding=encodings[name],
       )

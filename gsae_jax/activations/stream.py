@@ -93,10 +93,11 @@ class Stream:
         site: Site(
           width=source.widths[site],
           mean_D=total_D / rows,
+          mean_norm=norms / rows,
           mean_squared_norm=squares / rows,
           encoding=self._encodings[site],
         )
-        for site, (total_D, squares) in statistics.items()
+        for site, (total_D, norms, squares) in statistics.items()
       },
     )
 

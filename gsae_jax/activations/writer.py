@@ -255,7 +255,7 @@ class StoreWriter:
       )
     widths = self._header['widths']
     sums = {site: np.zeros(width) for site, width in widths.items()}
-    squares = dict.fromkeys(widths, 0.0)
+    norms, squares = dict.fromkeys(widths, 0.0), dict.fromkeys(widths, 0.0)
     for i in range(0, self.shards, _CHECKED_AT_ONCE):
       numbers = range(i, min(i + _CHECKED_AT_ONCE, self.shards))
       reads = [self._kv.read(shards_lib.shard_key(RECORDS, s)) for s in numbers]
@@ -271,10 +271,12 @@ class StoreWriter:
           ) from e
         for site in widths:
           sums[site] += record.sums[site]
+          norms[site] += record.norms[site]
           squares[site] += record.squares[site]
     sites = {
       site: {
         'mean': (sums[site] / self.rows).tolist(),
+        'mean_norm': norms[site] / self.rows,
         'mean_squared_norm': squares[site] / self.rows,
       }
       for site in widths

@@ -47,6 +47,9 @@ def test_rows_come_back_with_their_statistics(whole):
   site = store.sites['mlp_out.0']
   np.testing.assert_allclose(site.mean_D, x.mean(0), rtol=1e-12)
   np.testing.assert_allclose(
+    site.mean_norm, np.linalg.norm(x, axis=1).mean(), rtol=1e-12
+  )
+  np.testing.assert_allclose(
     site.mean_squared_norm, (x**2).sum(1).mean(), rtol=1e-12
   )
   assert store.rows == ROWS and site.width == WIDTH and site.encoding is None

@@ -84,7 +84,9 @@ def test_statistics_are_of_the_first_buffer(embedded, contexts):
   x = buffer(source(embedded, contexts, rows=2100, buffer_rows=512), 0)[SITE]
   site = s.store.sites[SITE]
   np.testing.assert_allclose(site.mean_D, x.mean(0, np.float64), rtol=1e-9)
-  want = (x.astype(np.float64) ** 2).sum(1).mean()
+  norm_N = np.linalg.norm(x.astype(np.float64), axis=1)
+  np.testing.assert_allclose(site.mean_norm, norm_N.mean(), rtol=1e-9)
+  want = (norm_N**2).mean()
   np.testing.assert_allclose(site.mean_squared_norm, want, rtol=1e-9)
   assert s.store.content_hash == content_hash(
     {'identity': {'seed': 0, 'streamed': True}, 'encodings': None}
