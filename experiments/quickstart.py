@@ -80,12 +80,23 @@ def get_config() -> ml_collections.ConfigDict:
   # One constant makes E||x||^2 = 1 while training; saved weights are free of
   # it. None: raw activations, as in the paper.
   c.train.normalize = 'mean_squared_norm'
-  c.train.loss_scale = (
-    'sum'  # 'mean': squared errors over D, the tables' units.
-  )
+  # 'mean': squared errors over D, the units of the paper's tables;
+  # 'mean_over_norm': over D and E||x||, those of its baselines on Pythia and
+  # Gemma. A member may have its own.
+  c.train.loss_scale = 'sum'
+  c.train.clip_norm = config_dict.placeholder(float)  # None, as in the paper.
+  # Of matrix products. 'bfloat16' sums in float32, and all else is float32.
+  c.train.precision = 'float32'
+  # 'stacked' trains members of equal shape by one vmapped program; 'looped', one
+  # after the other, is faster on CPU; 'auto' is what suits the device.
+  c.train.members = 'auto'
   c.train.checkpoint_every = c.train.get_ref('steps') // 10
   c.train.checkpoints_kept = config_dict.placeholder(int)  # None: all of them.
+  # Beside the latest `checkpoints_kept`, those of multiples of so many steps.
+  c.train.checkpoints_kept_every = config_dict.placeholder(int)
   c.train.log_every = 25
+  # How often features fired, as a histogram over the last so many steps.
+  c.train.histogram_every = 1000
   c.train.writers = ('tensorboard',)  # And 'wandb'; metrics.jsonl is always.
 
   c.loader = ml_collections.ConfigDict()
@@ -120,6 +131,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval.parallel = 'pmap'  # Or 'mesh'; the same numbers.
 
   c.mesh = ml_collections.ConfigDict()
+  c.mesh.sae = 1  # SAEs of equal shape; nothing is sent along this axis.
   c.mesh.data = -1  # -1: the rest of the devices.
   c.mesh.model = 1
   return c

@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.decay_steps = 8
   c.train.checkpoint_every = 20
   c.train.log_every = 5
+  c.train.histogram_every = 20
   c.eval.tokens = 1000
   c.eval.batch_size = 8
   c.saes = tuple(

@@ -7,42 +7,16 @@ from; here every field is required but the optional ones of a member.
 import collections
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import ml_collections
 
+from gsae_jax import checks
 from gsae_jax.errors import UserError
 from gsae_jax.parsing import parse_dataclass, plain
-from gsae_jax.sae import ARCHITECTURES
-
-
-def _choice(field: str, value: Any, allowed: tuple) -> None:
-  if value not in allowed:
-    options = ', '.join(map(repr, allowed))
-    raise UserError(f'config field {field}: {value!r} is not one of {options}')
-
-
-def _positive(field: str, value: float) -> None:
-  _at_least(field, value, 0)
-  if not value:
-    raise UserError(f'config field {field} must be more than 0')
-
-
-def _at_least(field: str, value: float, least: float) -> None:
-  if not math.isfinite(value):
-    raise UserError(f'config field {field}: {value!r} is not a number')
-  if value < least:
-    raise UserError(
-      f'config field {field}: {value!r} is too small; the least is {least}'
-    )
-
-
-def _multiple(field: str, value: int, of: str, unit: int) -> None:
-  if value % unit:
-    raise UserError(
-      f'config field {field}: {value} is not a multiple of {of}, {unit}'
-    )
+from gsae_jax.sae import ARCHITECTURES, VARIANTS, has
+from gsae_jax.sae.gated import ENCODERS
+from gsae_jax.sae.layers import PRECISIONS, SPARSITIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +26,7 @@ class LMConfig:
   dtype: str
 
   def __post_init__(self):
-    _choice('lm.dtype', self.dtype, ('float32', 'bfloat16'))
+    checks.choice('lm.dtype', self.dtype, ('float32', 'bfloat16'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +40,9 @@ class TextConfig:
   held_out: float
 
   def __post_init__(self):
-    _choice('text.packing', self.packing, ('stream', 'documents'))
-    _choice('text.special_tokens', self.special_tokens, ('drop', 'keep'))
-    _at_least('text.context_length', self.context_length, 2)
+    checks.choice('text.packing', self.packing, ('stream', 'documents'))
+    checks.choice('text.special_tokens', self.special_tokens, ('drop', 'keep'))
+    checks.at_least('text.context_length', self.context_length, 2)
     if not 0 < self.held_out < 1:
       raise UserError(
         f'config field text.held_out: {self.held_out!r} is not between 0 and 1'
@@ -86,12 +60,12 @@ class StoreConfig:
   batch_contexts: int
 
   def __post_init__(self):
-    _choice('store.dtype', self.dtype, ('float32', 'bfloat16'))
+    checks.choice('store.dtype', self.dtype, ('float32', 'bfloat16'))
     sizes = ('tokens', 'chunk_rows', 'shard_rows', 'buffer_rows')
     for name in (*sizes, 'batch_contexts'):
-      _at_least(f'store.{name}', getattr(self, name), 1)
+      checks.at_least(f'store.{name}', getattr(self, name), 1)
     for part, whole in itertools.pairwise(sizes[1:]):
-      _multiple(
+      checks.multiple(
         f'store.{whole}',
         getattr(self, whole),
         f'store.{part}',
@@ -111,14 +85,22 @@ class LoaderConfig:
   shuffle_rows: int
 
   def __post_init__(self):
-    _choice('loader.source', self.source, ('store', 'memory', 'stream'))
-    _choice('loader.unit', self.unit, ('chunk', 'shard'))
-    _at_least('loader.shuffle_rows', self.shuffle_rows, 1)
+    checks.choice('loader.source', self.source, ('store', 'memory', 'stream'))
+    checks.choice('loader.unit', self.unit, ('chunk', 'shard'))
+    checks.at_least('loader.shuffle_rows', self.shuffle_rows, 1)
+
+
+_LOSS_SCALES = ('sum', 'mean', 'mean_over_norm')
 
 
 @dataclasses.dataclass(frozen=True)
 class MemberConfig:
-  """One SAE of a run. What is None follows the run."""
+  """One SAE of a run. What is None follows the run.
+
+  `encoder` to `sparsity` are variants that not every architecture has; their
+  defaults are the paper's. `baseline` and `baseline_member` say what a
+  'rescale_shift' starts from, as `gsae_jax.load` takes them.
+  """
 
   name: str
   architecture: str
@@ -127,19 +109,54 @@ class MemberConfig:
   l1: float
   seed: int | None = None
   learning_rate: float | None = None
+  loss_scale: str | None = None
+  encoder: str = VARIANTS['encoder']
+  freeze_aux_decoder: bool = VARIANTS['freeze_aux_decoder']
+  centre_stop_gradient: bool = VARIANTS['centre_stop_gradient']
+  sparsity: str = VARIANTS['sparsity']
+  baseline: str | None = None
+  baseline_member: str | None = None
 
   def __post_init__(self):
-    _choice('saes[].architecture', self.architecture, tuple(ARCHITECTURES))
-    _at_least('saes[].features', self.features, 1)
-    _at_least('saes[].l1', self.l1, 0)
+    checks.choice(
+      'saes[].architecture', self.architecture, tuple(ARCHITECTURES)
+    )
+    checks.choice('saes[].encoder', self.encoder, ENCODERS)
+    checks.choice('saes[].sparsity', self.sparsity, SPARSITIES)
+    if self.loss_scale is not None:
+      checks.choice('saes[].loss_scale', self.loss_scale, _LOSS_SCALES)
+    self._check_variant()
+    checks.at_least('saes[].features', self.features, 1)
+    checks.at_least('saes[].l1', self.l1, 0)
     if self.seed is not None:
-      _at_least('saes[].seed', self.seed, 0)
+      checks.at_least('saes[].seed', self.seed, 0)
     if self.learning_rate is not None:
-      _positive('saes[].learning_rate', self.learning_rate)
+      checks.positive('saes[].learning_rate', self.learning_rate)
     if self.name in ('', '.', '..') or set(self.name) & set('/\\ \t\n'):
       raise UserError(
         f'config field saes[].name: {self.name!r} must be a word without '
         'slashes and spaces; it names folders'
+      )
+
+  def _check_variant(self):
+    for option, usual in VARIANTS.items():
+      if getattr(self, option) != usual and not has(self.architecture, option):
+        raise UserError(
+          f'config field saes[].{option}: {getattr(self, option)!r} is not for '
+          f'architecture {self.architecture!r} (member {self.name!r})'
+        )
+    starts = self.architecture == 'rescale_shift'
+    named = self.baseline is not None
+    if starts != named or (self.baseline_member is not None and not named):
+      raise UserError(
+        f'config field saes[].baseline: member {self.name!r} is of architecture '
+        f'{self.architecture!r}; '
+        + ('say which SAE it starts from' if starts else 'leave it out')
+      )
+    if starts and self.l1:
+      raise UserError(
+        f'config field saes[].l1: member {self.name!r} has no sparsity term; '
+        'set it to 0'
       )
 
 
@@ -157,26 +174,47 @@ class TrainConfig:
   encoder_scale: float
   normalize: str | None
   loss_scale: str
+  clip_norm: float | None
+  precision: str
+  members: str
   checkpoint_every: int
   checkpoints_kept: int | None
+  checkpoints_kept_every: int | None
   log_every: int
+  histogram_every: int
   writers: tuple[str, ...]
 
   def __post_init__(self):
-    _choice('train.normalize', self.normalize, ('mean_squared_norm', None))
-    _choice('train.loss_scale', self.loss_scale, ('sum', 'mean'))
+    checks.choice(
+      'train.normalize', self.normalize, ('mean_squared_norm', None)
+    )
+    checks.choice('train.loss_scale', self.loss_scale, _LOSS_SCALES)
+    checks.choice('train.precision', self.precision, PRECISIONS)
+    checks.choice('train.members', self.members, ('auto', 'stacked', 'looped'))
     for writer in self.writers:
-      _choice('train.writers', writer, ('tensorboard', 'wandb'))
+      checks.choice('train.writers', writer, ('tensorboard', 'wandb'))
     for name in (
-      'steps', 'batch_size', 'checkpoint_every', 'log_every', 'dead_after'
+      'steps', 'batch_size', 'checkpoint_every', 'log_every', 'dead_after',
+      'histogram_every',
     ):  # fmt: skip
-      _at_least(f'train.{name}', getattr(self, name), 1)
+      checks.at_least(f'train.{name}', getattr(self, name), 1)
     for name in ('warmup_steps', 'l1_warmup_steps', 'decay_steps'):
-      _at_least(f'train.{name}', getattr(self, name), 0)
-    _positive('train.learning_rate', self.learning_rate)
-    _positive('train.encoder_scale', self.encoder_scale)
+      checks.at_least(f'train.{name}', getattr(self, name), 0)
+    checks.positive('train.learning_rate', self.learning_rate)
+    checks.positive('train.encoder_scale', self.encoder_scale)
+    if self.clip_norm is not None:
+      checks.positive('train.clip_norm', self.clip_norm)
     if self.checkpoints_kept is not None:
-      _at_least('train.checkpoints_kept', self.checkpoints_kept, 1)
+      checks.at_least('train.checkpoints_kept', self.checkpoints_kept, 1)
+    if self.checkpoints_kept_every is not None:
+      checks.at_least(
+        'train.checkpoints_kept_every', self.checkpoints_kept_every, 1
+      )
+      if self.checkpoints_kept is None:
+        raise UserError(
+          'config field train.checkpoints_kept_every: train.checkpoints_kept is '
+          'None, which keeps all; set that too'
+        )
     for step in self.resample_steps:
       if not 0 < step < self.steps:
         raise UserError(
@@ -197,13 +235,14 @@ class EvalConfig:
   parallel: str
 
   def __post_init__(self):
-    _choice('eval.parallel', self.parallel, ('pmap', 'mesh'))
-    _at_least('eval.tokens', self.tokens, 1)
-    _at_least('eval.batch_size', self.batch_size, 1)
+    checks.choice('eval.parallel', self.parallel, ('pmap', 'mesh'))
+    checks.at_least('eval.tokens', self.tokens, 1)
+    checks.at_least('eval.batch_size', self.batch_size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+  sae: int
   data: int
   model: int
 
@@ -224,11 +263,9 @@ class Config:
   mesh: MeshConfig
 
   def __post_init__(self):
-    _at_least('seed', self.seed, 0)
-    for field, values in (
-      ('sites', self.sites),
-      ('saes', tuple(s.name for s in self.saes)),
-    ):
+    checks.at_least('seed', self.seed, 0)
+    lists = {'sites': self.sites, 'saes': tuple(s.name for s in self.saes)}
+    for field, values in lists.items():
       if not values:
         raise UserError(f'config field {field} is empty; name at least one')
       twice = [v for v, n in collections.Counter(values).items() if n > 1]
@@ -240,20 +277,23 @@ class Config:
           f'config field saes: member {sae.name!r} is of site {sae.site!r}, '
           f'and sites has only {", ".join(self.sites)}'
         )
+    if self.mesh.sae != 1 and self.train.members == 'looped':
+      raise UserError(
+        "config field train.members: 'looped' members cannot be spread over "
+        f"mesh.sae, {self.mesh.sae}; use 'auto' or 'stacked'"
+      )
 
   def identity(self) -> dict[str, Any]:
     """What a checkpoint depends on beside its store, as plain data.
 
-    Where a run writes and how often, the mesh and the evaluation may change
-    between one start of a run and the next.
+    Where a run writes and how often, the mesh, whether members are stacked, and
+    the evaluation may change between one start of a run and the next.
     """
     train = dataclasses.asdict(self.train)
     for name in (
-      'checkpoint_every',
-      'checkpoints_kept',
-      'log_every',
-      'writers',
-    ):
+      'checkpoint_every', 'checkpoints_kept', 'checkpoints_kept_every',
+      'log_every', 'writers', 'members',
+    ):  # fmt: skip
       del train[name]
     saes = {s.name: dataclasses.asdict(s) for s in self.saes}
     loader = dataclasses.asdict(self.loader)
@@ -270,7 +310,7 @@ def parse(raw: ml_collections.ConfigDict) -> Config:
   """Checks names and types; returns the config as dataclasses.
 
   Raises:
-    UserError: a field is unknown, missing, of the wrong type or out of range.
+    UserError: a field is unknown, missing, of a wrong type or out of range.
   """
   if not isinstance(raw, ml_collections.ConfigDict):
     raise UserError(

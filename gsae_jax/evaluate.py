@@ -24,7 +24,7 @@ from gsae_jax.evaluation import metrics, pareto, splice
 from gsae_jax.evaluation.records import read_evaluations, read_records
 from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.weights import load_language_model
-from gsae_jax.sae import ARCHITECTURES
+from gsae_jax.sae import make_module, variant
 from gsae_jax.training.checkpoints import Checkpoints
 
 _CONFIG = program.define_config()
@@ -97,9 +97,7 @@ def evaluate_step(
   )
   saes = {
     name: (
-      ARCHITECTURES[m['architecture']](
-        width=m['width'], features=m['features']
-      ),
+      make_module(m),
       m['site'],
       params[name],
     )
@@ -113,6 +111,7 @@ def evaluate_step(
         'member': name,
         'site': m['site'],
         'architecture': m['architecture'],
+        'variant': variant(m),
         'features': m['features'],
         'l1_coefficient': m['l1'],
         'seed': m['seed'],
@@ -133,7 +132,7 @@ def evaluate_new(
   config: config_lib.Config, workdir: epath.Path, make, preempted
 ) -> bool:
   """Evaluates the checkpoints that wait for it; True if none is to come."""
-  with Checkpoints(str(workdir), kept=None, read_only=True) as checkpoints:
+  with Checkpoints(str(workdir), read_only=True) as checkpoints:
     steps = checkpoints.steps()
     files = {step: workdir / 'eval' / f'step_{step}.json' for step in steps}
     todo = [s for s in steps if not is_done(files[s], config.eval.tokens)]

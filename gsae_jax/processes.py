@@ -4,12 +4,15 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gsae_jax.errors import PREEMPTED, Preempted, UserError
 
@@ -85,14 +88,29 @@ def _exchange(value: np.ndarray) -> np.ndarray:
   try:
     return multihost_utils.process_allgather(value)
   except Exception as e:  # Each transport raises an error of its own.
-    print(
-      f'error: another process is gone ({str(e).splitlines()[0][:200]}); the '
-      'same command goes on',
-      file=sys.stderr,
-      flush=True,
-    )
-    # JAX would wait for the other at its shutdown, and then abort.
-    os._exit(PREEMPTED)
+    _leave(e)
+
+
+def _leave(e: Exception) -> None:
+  print(
+    f'error: another process is gone ({str(e).splitlines()[0][:200]}); the '
+    'same command goes on',
+    file=sys.stderr,
+    flush=True,
+  )
+  # JAX would wait for the other at its shutdown, and then abort.
+  os._exit(PREEMPTED)
+
+
+@contextlib.contextmanager
+def leaving_with_the_others() -> Iterator[None]:
+  """Ends this process in order when a computation of all fails for one's loss."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(e):
+      raise
+    _leave(e)
 
 
 def agreed(values: np.ndarray) -> np.ndarray:
@@ -100,3 +118,32 @@ def agreed(values: np.ndarray) -> np.ndarray:
   if jax.process_count() == 1:
     return values
   return _exchange(values)[0]
+
+
+class Ballot:
+  """Asks at each call whether any process says yes, and never waits for it.
+
+  With several processes the answer is to the question of the call before: it
+  was computed meanwhile, and is the same everywhere.
+  """
+
+  def __init__(self, ask: Callable[[], bool]):
+    """Takes the question; every process must make the same calls."""
+    self._ask = ask
+    self._pending = None
+    if jax.process_count() > 1:
+      mesh = Mesh(np.array(jax.devices()), ('all',))
+      self._votes = NamedSharding(mesh, P('all'))
+      self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+
+  def __call__(self) -> bool:
+    mine = bool(self._ask())
+    if jax.process_count() == 1:
+      return mine
+    votes = jax.make_array_from_process_local_data(
+      self._votes,
+      np.full(jax.local_device_count(), mine),
+      (jax.device_count(),),
+    )
+    answer, self._pending = self._pending, self._any(votes)
+    return answer is not None and bool(jax.device_get(answer))

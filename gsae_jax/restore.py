@@ -12,7 +12,7 @@ from etils import epath
 
 from gsae_jax import paths
 from gsae_jax.errors import UserError
-from gsae_jax.sae import ARCHITECTURES
+from gsae_jax.sae import make_module
 from gsae_jax.training.checkpoints import SCHEMA, Checkpoints
 
 
@@ -39,9 +39,7 @@ class SAE:
     self.params = params
     self.config = config
     self.metadata = metadata
-    module = ARCHITECTURES[config['architecture']](
-      width=config['width'], features=config['features']
-    )
+    module = make_module(config)
     self._apply = {
       method: jax.jit(functools.partial(module.apply, method=method))
       for method in ('encode', 'decode')
@@ -105,7 +103,7 @@ def load(path: str, step: int | None = None, member: str | None = None) -> SAE:
     where = where.parent
   if where.name == 'checkpoints':
     where = where.parent
-  with Checkpoints(str(where), kept=None, read_only=True) as checkpoints:
+  with Checkpoints(str(where), read_only=True) as checkpoints:
     steps = checkpoints.steps()
     if not steps:
       raise UserError(f'no finished checkpoint in {where}')
@@ -117,6 +115,13 @@ def load(path: str, step: int | None = None, member: str | None = None) -> SAE:
       )
     metadata = checkpoints.metadata(step)
     members = {m['name']: m for m in metadata.pop('members')}
+    stopped = metadata.pop('stopped')
+    if member in stopped:
+      raise UserError(
+        f'member={member!r} was stopped at step {stopped[member]["step"]} '
+        f'({stopped[member]["reason"]}); load step='
+        f'{stopped[member]["last_checkpoint"]}'
+      )
     if member is None and len(members) == 1:
       (member,) = members
     if member not in members:

@@ -4,16 +4,19 @@ r"""Trains the SAEs of a config from an activation store.
       --workdir=DIR
 
 Started again, it goes on from the latest checkpoint. Exits 42 when preempted.
+In several processes: --coordinator, --processes and --process, as for harvest.
 With loader.source='stream' there is no --store: the language model runs along.
 """
 
 import dataclasses
+import sys
 
 import jax
+import numpy as np
 from absl import flags
 
 from gsae_jax import config as config_lib
-from gsae_jax import program
+from gsae_jax import processes, program
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.source import open_source
 from gsae_jax.activations.store import Store, check_site, open_store
@@ -22,6 +25,7 @@ from gsae_jax.errors import PREEMPTED, UserError
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.mesh import make_mesh
 from gsae_jax.parsing import plain
+from gsae_jax.restore import load
 from gsae_jax.training import checkpoints, loop
 
 _CONFIG = program.define_config()
@@ -30,6 +34,12 @@ _STORE = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Checkpoints and metrics: a folder or gs://.'
+)
+_ALLOWED = flags.DEFINE_multi_string(
+  'allow-config-change',
+  [],
+  "A field of the config, or 'store', that may differ from what the checkpoints "
+  'in --workdir were trained with, as in train.steps; may be given repeatedly.',
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 
@@ -115,6 +125,10 @@ def _open_stream(
     raise UserError(
       "loader.source: 'stream' makes activations anew; leave --store out"
     )
+  if jax.process_count() > 1:
+    raise UserError(
+      "loader.source: 'stream' runs in one process only; harvest a store first"
+    )
   # Shards and chunks are a store's.
   names = 'tokens', 'dtype', 'centre', 'batch_contexts'
   store = {name: getattr(config.store, name) for name in names}
@@ -137,13 +151,61 @@ def _open_stream(
   )
 
 
+def read_baseline(
+  member: config_lib.MemberConfig, store: Store
+) -> dict[str, np.ndarray]:
+  """Parameters of the SAE that a member starts from.
+
+  Raises:
+    UserError: it is not a baseline of this site and width, or was trained on
+      another language model.
+  """
+  field = f'saes: baseline of member {member.name!r}'
+  sae = load(member.baseline, member=member.baseline_member)
+  wanted = {
+    'architecture': 'relu',
+    'site': member.site,
+    'features': member.features,
+    'width': store.sites[member.site].width,
+  }
+  for name, value in wanted.items():
+    if sae.config[name] != value:
+      raise UserError(
+        f'{field}: its {name} is {sae.config[name]!r}, not {value!r}'
+      )
+  if sae.metadata['store_identity']['lm'] != store.identity['lm']:
+    raise UserError(f'{field} was trained on another language model')
+  return {k: np.asarray(v) for k, v in sae.params.items()}
+
+
+def summarise(outcome: loop.Outcome, config: config_lib.Config) -> str:
+  """The last line of a run."""
+  values = outcome.values.values()
+  parts = [f'step {outcome.step} of {config.train.steps}']
+  if values:
+    parts += [
+      f'{len(values)} SAEs',
+      f'{outcome.tokens_per_second:,.0f} tokens/s',
+      *(
+        f'{label} {min(found):.4g} to {max(found):.4g}'
+        for label, key in (('loss', 'loss'), ('L0', 'l0'))
+        for found in [[v[key] for v in values]]
+      ),
+    ]
+  if outcome.stopped:
+    parts.append(loop.tell_stopped(outcome.stopped))
+  return ', '.join(parts)
+
+
 def main() -> int:
-  config = config_lib.parse(program.read_config(_CONFIG))
+  processes.initialize()
   preempted = program.Preemption()
-  mesh = make_mesh(config.mesh.data, config.mesh.model)
-  loader = open_loader(config, preempted)
+  with processes.together():
+    config = config_lib.parse(program.read_config(_CONFIG))
+    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sae)
+    loader = open_loader(config, preempted)
   store = loader.store
-  finished = loop.train(
+  outcome = loop.train(
     store,
     loader,
     config.saes,
@@ -160,8 +222,15 @@ def main() -> int:
       'store_provenance': store.provenance,
     },
     preempted=lambda: bool(preempted),
+    baseline=lambda member: read_baseline(member, store),
+    allowed=tuple(_ALLOWED.value),
   )
-  return 0 if finished else PREEMPTED
+  if jax.process_index() == 0:
+    print(
+      summarise(outcome, config),
+      file=sys.stderr if outcome.stopped else sys.stdout,
+    )
+  return 0 if outcome.finished else PREEMPTED
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Runs the commands in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def wait_for(condition, process):
   while not condition():
     assert process.poll() is None, process.communicate()
     time.sleep(0.01)
+
+
+def metrics(text):
+  """What metrics.jsonl says of members; the rest are times and memory."""
+  records = [json.loads(line) for line in text.splitlines()]
+  return [r for r in records if r['member']]
+
+
+def metrics_of(workdir):
+  return metrics((workdir / 'metrics.jsonl').read_text())
 
 
 def files(folder):

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.commands import files, refuse, run
+from tests.commands import files, metrics, metrics_of, refuse, run
 from tests.conftest import ROOT
 from tests.fake_gcs import FakeGCS
 
@@ -111,8 +111,10 @@ def test_the_whole_line_runs_on_google_storage(smoke, gcs):
   }
   local = files(workdir)
   for name, data in local.items():
-    if name.startswith('eval/') or name == 'metrics.jsonl':
+    if name.startswith('eval/'):
       assert bucket[name] == data, name
+  there = metrics(bucket['metrics.jsonl'].decode())
+  assert there == metrics_of(workdir)
   assert b'<svg' in bucket['report.html']
   (events,) = (n for n in bucket if n.startswith('tensorboard/events'))
   assert b'gated_mlp_out.0/loss' in bucket[events]
@@ -143,7 +145,8 @@ def test_a_run_on_google_storage_goes_on_where_it_was(smoke, gcs):
     del bucket[name]
   lines = bucket['b/run/metrics.jsonl'].data
   run('train', *flags, **env)
-  assert bucket['b/run/metrics.jsonl'].data == lines
+  again = bucket['b/run/metrics.jsonl'].data
+  assert metrics(again.decode()) == metrics(lines.decode())
   assert any(n.startswith('b/run/checkpoints/40/') for n in bucket)
 
 
@@ -203,8 +206,7 @@ def test_stores_on_s3(smoke, s3, tmp_path):
   assert objects(place, s3) == files(store)
   assert '8 of 8 shards read, 0 bad' in run('store', 'verify', place, **s3)
   run('train', f'--store={place}', f'--workdir={tmp_path}', **s3)
-  metrics = 'metrics.jsonl'
-  assert (tmp_path / metrics).read_text() == (workdir / metrics).read_text()
+  assert metrics_of(tmp_path) == metrics_of(workdir)
   assert run('evaluate', f'--workdir={tmp_path}', **s3) == table
   for program in ('train', 'evaluate', 'report'):
     flags = [f'--store={place}'] if program == 'train' else []

@@ -10,7 +10,15 @@ import pytest
 
 import gsae_jax
 from gsae_jax.activations.store import open_store
-from tests.commands import SMOKE, files, refuse, run, start, wait_for
+from tests.commands import (
+  SMOKE,
+  files,
+  metrics_of,
+  refuse,
+  run,
+  start,
+  wait_for,
+)
 from tests.conftest import ROOT
 
 
@@ -93,8 +101,7 @@ def whole(smoke, tmp_path_factory):
 
 def same_run(ours, theirs):
   """Metrics and weights are equal to the bit."""
-  metrics = 'metrics.jsonl'
-  assert (ours / metrics).read_text() == (theirs / metrics).read_text()
+  assert metrics_of(ours) == metrics_of(theirs)
   for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
     a, b = (gsae_jax.load(str(w), member=name) for w in (ours, theirs))
     assert a.metadata['step'] == b.metadata['step'] == 300
@@ -250,11 +257,9 @@ def test_a_stream_trains_without_a_store_and_goes_on(smoke, tmp_path):
   for step in (30, 40):
     shutil.rmtree(tmp_path / f'cut/checkpoints/{step}')
   run('train', f'--workdir={tmp_path}/cut', *flags)
-  metrics = [
-    (tmp_path / w / 'metrics.jsonl').read_text() for w in ('whole', 'cut')
-  ]
-  assert metrics[0] == metrics[1]
-  losses = [json.loads(x)['loss'] for x in metrics[0].splitlines()]
+  metrics = metrics_of(tmp_path / 'whole')
+  assert metrics == metrics_of(tmp_path / 'cut')
+  losses = [m['loss'] for m in metrics if 'loss' in m]
   assert len(losses) == 32 and losses[-1] < losses[3]
   table = run('evaluate', f'--workdir={tmp_path}/whole', *flags)
   assert 'gated_mlp_out.0' in table
@@ -275,10 +280,7 @@ def test_a_store_in_memory_trains_alike(smoke, tmp_path):
   shutil.rmtree(tmp_path / 'run/checkpoints/40')
   memory = '--config.loader.source=memory'  # And the run goes on in it.
   run('train', f'--store={store}', f'--workdir={tmp_path}/run', memory)
-  metrics = 'metrics.jsonl'
-  assert (tmp_path / 'run' / metrics).read_text() == (
-    workdir / metrics
-  ).read_text()
+  assert metrics_of(tmp_path / 'run') == metrics_of(workdir)
 
 
 def test_training_refuses_another_store_for_the_same_run(smoke, tmp_path):

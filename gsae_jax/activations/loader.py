@@ -95,6 +95,11 @@ class Loader:
         f'be dealt out evenly; their number must divide {self._unit}'
       )
 
+  @property
+  def bytes_read(self) -> int:
+    """Of rows that arrived from the store so far, in this process."""
+    return self._reader.bytes_read
+
   def units_at(self, number: int) -> np.ndarray:
     """The units of a round, in the order in which they are dealt out.
 

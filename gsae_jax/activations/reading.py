@@ -24,11 +24,13 @@ class Reader:
     store: the store.
     unit: rows that are read at a time.
     arrays: by site.
+    bytes_read: rows that arrived so far.
   """
 
   def __init__(self, store: 'Store', sites: Sequence[str], unit: int):
     self.store = store
     self.unit = unit
+    self.bytes_read = 0
     context = reading_context(_CACHE_BYTES)
     self.arrays = {
       site: store.array(f'{site}/activations', context=context)
@@ -143,8 +145,9 @@ class Pool:
     self._targets = {
       site: ts.array(rows_ND) for site, rows_ND in self._rows.items()
     }
-    size = sum(rows_ND.nbytes for rows_ND in self._rows.values()) / len(units)
-    self._at_once = max(2, int(_UNDER_WAY / size))
+    whole = sum(rows_ND.nbytes for rows_ND in self._rows.values())
+    self._unit_bytes = whole // len(units)
+    self._at_once = max(2, _UNDER_WAY // self._unit_bytes)
     self._records = reader.read_records(units)
     self._under_way: dict[int, dict[str, ts.Future]] = {}
     self._started = self._arrived = 0
@@ -171,6 +174,7 @@ class Pool:
       for i in range(self._arrived, ready):
         for site, read in self._under_way.pop(i).items():
           self._reader.wait(site, int(self._units[i]), read)
+      self._reader.bytes_read += (ready - self._arrived) * self._unit_bytes
       self._arrived = ready
       self._start()
 

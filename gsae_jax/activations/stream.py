@@ -28,7 +28,10 @@ class Stream:
 
   Attributes:
     store: identity and statistics; the latter are those of the first buffer.
+    bytes_read: 0; there is no store to read.
   """
+
+  bytes_read = 0
 
   def __init__(
     self,

@@ -8,6 +8,7 @@ from gsae_jax.evaluation import figures, pareto
 from gsae_jax.evaluation.pareto import Record
 
 LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
+COLOURS = 8  # Of other kinds, in the style sheet.
 
 
 def render(
@@ -44,17 +45,22 @@ def render(
   )
 
 
-def _label(architecture: str) -> str:
-  return LABELS.get(architecture, architecture)
+def _label(kind: str) -> str:
+  return LABELS.get(kind, kind)
 
 
-def _style(architecture: str) -> str:
-  return architecture if architecture in LABELS else 'other'
+def _kinds(records: Sequence[Record]) -> dict[str, str]:
+  """What kinds of SAEs there are, with the style of each."""
+  kinds = sorted({pareto.kind(r) for r in records})
+  others = [k for k in kinds if k not in LABELS]
+  return {
+    k: k if k in LABELS else f'other{others.index(k) % COLOURS}' for k in kinds
+  }
 
 
 def _lead(records: Sequence[Record]) -> str:
   r = records[0]
-  names = sorted({_label(r['architecture']) for r in records})
+  names = sorted(_label(kind) for kind in _kinds(records))
   return (
     f'{len(records)} sparse autoencoders ({", ".join(names)}) after '
     f'{r["tokens_trained"]:,} activations each, evaluated on '
@@ -84,7 +90,7 @@ def _site(
       'Relative reconstruction bias γ',
       'Below 1, reconstructions are too small: shrinkage.',
       figures.figure(
-        _by_architecture(last, 'gamma'),
+        _by_kind(last, 'gamma'),
         x_label='L0, features active per token (log)',
         y_label='γ',
         title=f'gamma at {site}',
@@ -115,7 +121,7 @@ def _site(
       'Explained variance against sparsity',
       'One minus the variance that the reconstruction leaves.',
       figures.figure(
-        _by_architecture(last, 'explained_variance'),
+        _by_kind(last, 'explained_variance'),
         x_label='L0, features active per token (log)',
         y_label='explained variance',
         title=f'Explained variance at {site}',
@@ -143,17 +149,17 @@ def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
     if not pareto.settled(ratios):
       note += '<br><em class="flag">not converged</em>'
     cards.append((f'{ratios[-1][1]:.2f}', note))
-  for architecture in sorted({r['architecture'] for r in records}):
+  for kind in _kinds(records):
     gammas = [
       r['gamma']
       for r in records
-      if r['architecture'] == architecture and r['gamma'] is not None
+      if pareto.kind(r) == kind and r['gamma'] is not None
     ]
     if gammas:
       cards.append(
         (
           f'{min(gammas):.3f}–{max(gammas):.3f}',
-          f'γ, {html.escape(_label(architecture))}',
+          f'γ, {html.escape(_label(kind))}',
         )
       )
   cards.append((f'{records[0]["ce_clean"]:.3f}', 'clean cross-entropy, nats'))
@@ -181,13 +187,13 @@ def _hover(r: Record) -> str:
 
 def _frontiers(records: list[Record]) -> list[figures.Series]:
   series = []
-  for name in sorted({r['architecture'] for r in records}):
-    own = [r for r in records if r['architecture'] == name]
+  for name, style in _kinds(records).items():
+    own = [r for r in records if pareto.kind(r) == name]
     for points, line in ((pareto.frontier(own), True), (own, False)):
       series.append(
         figures.Series(
           _label(name),
-          _style(name),
+          style,
           [(r['l0'], r['loss_recovered'], _hover(r)) for r in points],
           line=line,
           dots=not line,
@@ -196,18 +202,18 @@ def _frontiers(records: list[Record]) -> list[figures.Series]:
   return series
 
 
-def _by_architecture(records: list[Record], key: str) -> list[figures.Series]:
+def _by_kind(records: list[Record], key: str) -> list[figures.Series]:
   return [
     figures.Series(
       _label(name),
-      _style(name),
+      style,
       [
         (r['l0'], r[key], _hover(r))
         for r in pareto.ordered(records)
-        if r['architecture'] == name and r[key] is not None
+        if pareto.kind(r) == name and r[key] is not None
       ],
     )
-    for name in sorted({r['architecture'] for r in records})
+    for name, style in _kinds(records).items()
   ]
 
 
@@ -218,19 +224,19 @@ def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
   for key, label, log in (
     ('loss', 'training loss', True),
     ('l0', 'L0 (log)', True),
-    ('dead_fraction', 'dead features', False),
+    ('alive_fraction', 'alive features', False),
   ):
     series = []
-    for name in sorted({r['architecture'] for r in records}):
+    for name, style in _kinds(records).items():
       own = sorted(
-        (r for r in records if r['architecture'] == name),
+        (r for r in records if pareto.kind(r) == name),
         key=lambda r: r['l1_coefficient'],
       )
       for i, r in enumerate(own):
         series.append(
           figures.Series(
             f'{_label(name)}, stronger with rising L1',
-            _style(name),
+            style,
             _curve(metrics, r['member'], key),
             dots=False,
             opacity=0.35 + 0.65 * (i + 1) / len(own),
@@ -263,10 +269,10 @@ def _table(records: Sequence[Record]) -> str:
   head = ''.join(
     f'<th>{html.escape(name)}</th>' for _, name, _ in pareto.COLUMNS
   )
-  rows = []
+  rows, styles = [], _kinds(records)
   for r in pareto.ordered(records):
     first, *rest = (html.escape(c) for c in pareto.cells(r))
-    style = _style(r['architecture'])
+    style = styles[pareto.kind(r)]
     rows.append(
       f'<tr><td><i class="s-{style}"></i>{first}</td>'
       + ''.join(f'<td>{c}</td>' for c in rest)

@@ -27,6 +27,11 @@ COLUMNS = (
 )
 
 
+def kind(record: Record) -> str:
+  """The architecture, with what differs from the paper's."""
+  return ', '.join(filter(None, (record['architecture'], record['variant'])))
+
+
 def cells(record: Record) -> list[str]:
   """The record's values as the table shows them."""
   return [
@@ -36,8 +41,8 @@ def cells(record: Record) -> list[str]:
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:
-  """By site, then architecture, then rising L0."""
-  return sorted(records, key=lambda r: (r['site'], r['architecture'], r['l0']))
+  """By site, then kind, then rising L0."""
+  return sorted(records, key=lambda r: (r['site'], kind(r), r['l0']))
 
 
 def table(records: Sequence[Record]) -> str:
@@ -77,7 +82,7 @@ def l0_ratio(
   """
   curves = []
   for name in (architecture, baseline):
-    points = frontier([r for r in records if r['architecture'] == name])
+    points = frontier([r for r in records if kind(r) == name])
     if len(points) < 2:
       return None
     curves.append(

@@ -1,11 +1,59 @@
 """What an SAE computes. Knows nothing of training.
 
 Axis names, here and in every file that handles SAEs: B rows of a batch,
-D activation width, F features, N rows in a store. Parameters carry the paper's
-names; rows of `W_dec` are features.
+D activation width, F features, N rows in a store, S SAEs of a group. Parameters
+carry the paper's names; rows of `W_dec` are features.
 """
 
-from gsae_jax.sae.gated import GatedSAE
-from gsae_jax.sae.relu import ReluSAE
+from collections.abc import Mapping
+from typing import Any
 
-ARCHITECTURES = {'gated': GatedSAE, 'relu': ReluSAE}
+import flax.linen as nn
+
+from gsae_jax.sae.gated import GatedSAE
+from gsae_jax.sae.relu import ReluSAE, RescaleShiftSAE
+
+ARCHITECTURES = {
+  'gated': GatedSAE,
+  'relu': ReluSAE,
+  'rescale_shift': RescaleShiftSAE,
+}
+
+# Choices that not every architecture has, and what the paper does.
+VARIANTS = {
+  'encoder': 'tied',
+  'freeze_aux_decoder': True,
+  'centre_stop_gradient': False,
+  'sparsity': 'l1',
+}
+
+
+def has(architecture: str, option: str) -> bool:
+  """Whether an architecture has one of the `VARIANTS`, or of its attributes."""
+  return option in ARCHITECTURES[architecture].__dataclass_fields__
+
+
+def variant(config: Mapping[str, Any]) -> str:
+  """How a member differs from the paper, in words; '' where it does not."""
+  return ', '.join(
+    f'{name}={config[name]}'
+    for name, usual in VARIANTS.items()
+    if config[name] != usual
+  )
+
+
+def make_module(config: Mapping[str, Any], **training: Any) -> nn.Module:
+  """The SAE that a member's config, or a checkpoint's, describes.
+
+  Args:
+    config: plain data: `architecture`, `width`, `features` and the `VARIANTS`.
+    training: attributes that only training has a use for; those that the
+      architecture lacks are left out.
+  """
+  architecture = config['architecture']
+  options = {name: config[name] for name in VARIANTS} | training
+  return ARCHITECTURES[architecture](
+    width=config['width'],
+    features=config['features'],
+    **{k: v for k, v in options.items() if has(architecture, k)},
+  )

@@ -1,4 +1,4 @@
-"""Gated SAE (arXiv 2404.16014, section 3.2)."""
+"""Gated SAE (arXiv 2404.16014, section 3.2), and its ablations (5.1)."""
 
 import flax.linen as nn
 import jax
@@ -6,31 +6,49 @@ import jax.numpy as jnp
 
 from gsae_jax.sae import layers
 
+ENCODERS = ('tied', 'untied', 'no_r_mag')
 
-class GatedSAE(nn.Module):
-  """Tied weights: `W_mag = W_gate exp(r_mag)` (Eq. 7).
+
+class GatedSAE(layers.Dictionary):
+  """Gate and magnitude from one product (Eq. 7), and an auxiliary task.
 
   Attributes:
-    width: D.
-    features: F.
+    encoder: 'tied', `W_mag = W_gate exp(r_mag)` (Eq. 7); 'no_r_mag', `W_mag =
+      W_gate`; 'untied', `W_mag` is a parameter.
+    freeze_aux_decoder: the auxiliary term passes no gradient to the decoder
+      (Eq. 8); with sparsity='decoder_norm_l1', neither do the norms there.
+    centre_stop_gradient: it passes none to `b_dec` through the encoder either.
+    sparsity: see `layers.weighted_l1`; all but 'l1' let the norms go free.
     encoder_scale: `W_gate` starts at this times `W_dec^T`.
   """
 
-  width: int
-  features: int
+  encoder: str = 'tied'
+  freeze_aux_decoder: bool = True
+  centre_stop_gradient: bool = False
+  sparsity: str = 'l1'
   encoder_scale: float = 1.0
 
-  encoder = 'W_gate'  # The parameter whose columns detect the features.
+  @property
+  def encoders(self) -> tuple[str, ...]:
+    """Parameters whose columns detect the features."""
+    return ('W_gate', 'W_mag') if self.encoder == 'untied' else ('W_gate',)
+
+  @property
+  def unit_rows(self) -> bool:
+    """Whether decoder rows are held at norm 1."""
+    return self.sparsity == 'l1'
 
   def setup(self):
     zeros = nn.initializers.zeros
     F, D = self.features, self.width
     self.W_dec = self.param('W_dec', layers.unit_rows, (F, D))
-    self.W_gate = self.param(
-      'W_gate', lambda _: self.encoder_scale * self.W_dec.T
-    )
+    start = lambda _: self.encoder_scale * self.W_dec.T
+    self.W_gate = self.param('W_gate', start)
     self.b_gate = self.param('b_gate', zeros, (F,))
-    self.r_mag = self.param('r_mag', zeros, (F,))
+    if self.encoder == 'tied':
+      self.r_mag = self.param('r_mag', zeros, (F,))
+    if self.encoder == 'untied':
+      self.W_mag = self.param('W_mag', start)
     self.b_mag = self.param('b_mag', zeros, (F,))
     self.b_dec = self.param('b_dec', zeros, (D,))
 
@@ -41,41 +59,55 @@ class GatedSAE(nn.Module):
       x_BD: `[..., D]` activations.
 
     Returns:
-      `pi_gate`, `f` (Eq. 6), both `[..., F]`, and `x_hat` `[..., D]`.
+      `pi_gate`, `f` (Eq. 6), both `[..., F]`, and `x_hat` `[..., D]`; and
+      `pi_gate_centred`, of the value of `pi_gate`, without gradient for `b_dec`.
     """
-    z_BF = layers.centred_product(x_BD, self.b_dec, self.W_gate)
-    pi_gate_BF = z_BF + self.b_gate
-    pi_mag_BF = jnp.exp(self.r_mag) * z_BF + self.b_mag
+    centred = lambda W: layers.centred_product(
+      x_BD, self.b_dec, W, self.precision
+    )
+    gate_BF, shift_F = centred(self.W_gate)
+    if self.encoder == 'untied':
+      mag_BF, mag_shift_F = centred(self.W_mag)
+      mag_BF -= mag_shift_F
+    else:
+      mag_BF = gate_BF - shift_F
+    if self.encoder == 'tied':
+      mag_BF *= jnp.exp(self.r_mag)
+    pi_gate_BF = gate_BF - shift_F + self.b_gate
+    pi_mag_BF = mag_BF + self.b_mag
     f_BF = jnp.where(pi_gate_BF > 0, jax.nn.relu(pi_mag_BF), 0)
-    return {'pi_gate': pi_gate_BF, 'f': f_BF, 'x_hat': self.decode(f_BF)}
+    return {
+      'pi_gate': pi_gate_BF,
+      'pi_gate_centred': gate_BF + self.b_gate,
+      'f': f_BF,
+      'x_hat': self.decode(f_BF),
+    }
 
-  def encode(self, x_BD: jax.Array) -> jax.Array:
-    """`f = 1[pi_gate > 0] * ReLU(pi_mag)` (Eq. 6), `[..., D] -> [..., F]`."""
-    return self(x_BD)['f']
-
-  def decode(self, f_BF: jax.Array) -> jax.Array:
-    """`[..., F] -> [..., D]`."""
-    return layers.decode(f_BF, self.W_dec, self.b_dec)
-
-  def losses(self, x_BD: jax.Array) -> dict[str, jax.Array]:
-    """The terms of Eq. 8, each a mean over the batch, without coefficients.
+  def terms(self, x_BD: jax.Array) -> dict[str, jax.Array]:
+    """The terms of Eq. 8 for each row, without coefficients.
 
     Returns:
-      scalars `reconstruction`, `sparsity` and `auxiliary`, and `f` `[B, F]`.
+      `reconstruction`, `sparsity` and `auxiliary`, `[B]` each, and what
+      `__call__` returns.
     """
     out = self(x_BD)
     # Eq. 8's sparsity and auxiliary terms see the gate path only.
-    relu_gate_BF = jax.nn.relu(out['pi_gate'])
+    path = 'pi_gate_centred' if self.centre_stop_gradient else 'pi_gate'
+    decoder = self.W_dec, self.b_dec
+    if self.freeze_aux_decoder:
+      decoder = jax.lax.stop_gradient(decoder)
     x_aux_BD = layers.decode(
-      relu_gate_BF,
-      jax.lax.stop_gradient(self.W_dec),
-      jax.lax.stop_gradient(self.b_dec),
+      jax.nn.relu(out[path]), *decoder, precision=self.precision
     )
-    return {
+    return out | {
       'reconstruction': layers.squared_error(x_BD, out['x_hat']),
-      'sparsity': jnp.mean(jnp.sum(relu_gate_BF, -1)),
+      'sparsity': layers.weighted_l1(
+        jax.nn.relu(out['pi_gate']),
+        self.W_dec,
+        self.sparsity,
+        frozen=self.freeze_aux_decoder,
+      ),
       'auxiliary': layers.squared_error(x_BD, x_aux_BD),
-      'f': out['f'],
     }
 
 
@@ -86,6 +118,9 @@ def jumprelu_parameters(
 
   `f(x) = 1[p > theta] * ReLU(p)` with `p = x W + b`. A negative threshold never
   binds, because of the ReLU.
+
+  Args:
+    params: of a tied encoder.
 
   Returns:
     `W [D, F]`, `b [F]`, `theta [F]`.

@@ -1,7 +1,11 @@
-"""What the architectures share: initial directions, encoder product, decoder."""
+"""What the architectures share: initial directions, products, decoder, errors."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+PRECISIONS = ('float32', 'bfloat16')
+SPARSITIES = ('l1', 'decoder_norm_l1')
 
 
 def unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -10,42 +14,122 @@ def unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
   return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
-@jax.custom_vjp
-def centred_product(
-  x_BD: jax.Array, b_dec_D: jax.Array, W_DF: jax.Array
-) -> jax.Array:
-  """`(x - b_dec) W`, whose gradient for `b_dec` costs no matrix product.
+def product(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+  """`a @ b` in float32; `b` is a matrix.
 
-  Autodiff would make `dz W^T` for every row and then sum it over the batch, one
-  matrix product of eight; here the batch is summed first. The cotangent of `x`
-  is that product, which jit prunes where nobody asks for it, as in training.
+  Args:
+    a: `[..., K]`, float32.
+    b: `[K, N]`, float32.
+    precision: 'float32' is true float32 on every device, where TPUs and GPUs
+      take fewer bits unless they are told. 'bfloat16' rounds both factors, in
+      the gradient too, and sums in float32.
   """
-  return (x_BD - b_dec_D) @ W_DF
+  if precision == 'bfloat16':
+    return _bfloat16_product(a, b)
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _centred_product_fwd(x_BD, b_dec_D, W_DF):
-  centred_BD = x_BD - b_dec_D
-  return centred_BD @ W_DF, (centred_BD, W_DF)
+def _rounded_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    spec,
+    a.astype(jnp.bfloat16),
+    b.astype(jnp.bfloat16),
+    preferred_element_type=jnp.float32,
+  )
 
 
-def _centred_product_bwd(residuals, dz_BF):
-  centred_BD, W_DF = residuals
-  rows = tuple(range(dz_BF.ndim - 1))  # One axis, or those of a context batch.
-  db_dec_D = -(W_DF @ dz_BF.sum(rows))
-  dW_DF = jnp.tensordot(centred_BD, dz_BF, (rows, rows))
-  return dz_BF @ W_DF.T, db_dec_D, dW_DF
+# Autodiff would multiply float32 cotangents with bfloat16 factors.
+@jax.custom_vjp
+def _bfloat16_product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return _rounded_einsum('...k,kn->...n', a, b)
 
 
-centred_product.defvjp(_centred_product_fwd, _centred_product_bwd)
+def _bfloat16_product_fwd(a, b):
+  return _bfloat16_product(a, b), (a, b)
+
+
+def _bfloat16_product_bwd(factors, g):
+  a, b = factors
+  return (
+    _rounded_einsum('...n,kn->...k', g, b),
+    _rounded_einsum('...k,...n->kn', a, g),
+  )
+
+
+_bfloat16_product.defvjp(_bfloat16_product_fwd, _bfloat16_product_bwd)
+
+
+def centred_product(
+  x_BD: jax.Array, b_dec_D: jax.Array, W_DF: jax.Array, precision: str
+) -> tuple[jax.Array, jax.Array]:
+  """`(x - b_dec) W`, in two parts that say who may move `b_dec`.
+
+  Returns:
+    `z [..., F]`, which has the value and passes no gradient to `b_dec`, and
+    `shift [F]`, which is zero: `z - shift` has the gradient.
+
+  So the gradient costs a vector times `W`. Autodiff of the plain form would make
+  `dz W^T` for every row and then sum it over the batch, one matrix product of
+  eight.
+  """
+  frozen_D = jax.lax.stop_gradient(b_dec_D)
+  z_BF = product(x_BD - frozen_D, W_DF, precision)
+  # In float32 also beside bfloat16 products: it is the bias's gradient.
+  shift_F = product(b_dec_D - frozen_D, jax.lax.stop_gradient(W_DF), 'float32')
+  return z_BF, shift_F
 
 
 def decode(
-  f_BF: jax.Array, W_dec_FD: jax.Array, b_dec_D: jax.Array
+  f_BF: jax.Array, W_dec_FD: jax.Array, b_dec_D: jax.Array, precision: str
 ) -> jax.Array:
   """`f W_dec + b_dec` (paper 2.1, Eq. 3)."""
-  return f_BF @ W_dec_FD + b_dec_D
+  return product(f_BF, W_dec_FD, precision) + b_dec_D
 
 
 def squared_error(x_BD: jax.Array, x_hat_BD: jax.Array) -> jax.Array:
-  """`||x - x_hat||^2`, a sum over the width, then the mean over the batch."""
-  return jnp.mean(jnp.sum((x_BD - x_hat_BD) ** 2, -1))
+  """`||x - x_hat||^2` of each row, `[...]`."""
+  return jnp.sum((x_BD - x_hat_BD) ** 2, -1)
+
+
+def weighted_l1(
+  f_BF: jax.Array, W_dec_FD: jax.Array, sparsity: str, *, frozen: bool
+) -> jax.Array:
+  """The sparsity of each row, `[...]`.
+
+  Args:
+    f_BF: non-negative.
+    W_dec_FD: the decoder.
+    sparsity: 'l1', or 'decoder_norm_l1': each feature counts times the norm of
+      its decoder row (Anthropic, April 2024).
+    frozen: whether those norms take no gradient.
+  """
+  if sparsity == 'l1':
+    return jnp.sum(f_BF, -1)
+  norm_F = jnp.linalg.norm(W_dec_FD, axis=-1)
+  if frozen:
+    norm_F = jax.lax.stop_gradient(norm_F)
+  return jnp.sum(f_BF * norm_F, -1)
+
+
+class Dictionary(nn.Module):
+  """What every architecture has; they say how features are found.
+
+  Attributes:
+    width: D.
+    features: F.
+    precision: of products, see `product`.
+  """
+
+  width: int
+  features: int
+  precision: str = 'float32'
+
+  frozen = ()  # Parameters that are not trained.
+
+  def encode(self, x_BD: jax.Array) -> jax.Array:
+    """Features, `[..., D] -> [..., F]`."""
+    return self(x_BD)['f']
+
+  def decode(self, f_BF: jax.Array) -> jax.Array:
+    """Reconstructions, `[..., F] -> [..., D]`."""
+    return decode(f_BF, self.W_dec, self.b_dec, self.precision)

@@ -1,4 +1,4 @@
-"""The baseline: an L1-trained ReLU SAE (paper section 2.2)."""
+"""The baseline, an L1-trained ReLU SAE (paper 2.2), and its rescaling (5.2)."""
 
 import flax.linen as nn
 import jax
@@ -7,14 +7,17 @@ import jax.numpy as jnp
 from gsae_jax.sae import layers
 
 
-class ReluSAE(nn.Module):
-  """Attributes are those of `GatedSAE`; the encoder is `W_enc`, `b_enc`."""
+class ReluSAE(layers.Dictionary):
+  """Attributes as of `GatedSAE`; the encoder is `W_enc`, `b_enc`."""
 
-  width: int
-  features: int
+  sparsity: str = 'l1'
   encoder_scale: float = 1.0
 
-  encoder = 'W_enc'
+  encoders = ('W_enc',)
+
+  @property
+  def unit_rows(self) -> bool:
+    return self.sparsity == 'l1'
 
   def setup(self):
     F, D = self.features, self.width
@@ -27,24 +30,67 @@ class ReluSAE(nn.Module):
 
   def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
     """Returns `f` `[..., F]` (Eq. 2) and `x_hat` `[..., D]` (Eq. 3)."""
-    z_BF = layers.centred_product(x_BD, self.b_dec, self.W_enc)
-    f_BF = jax.nn.relu(z_BF + self.b_enc)
+    z_BF, shift_F = layers.centred_product(
+      x_BD, self.b_dec, self.W_enc, self.precision
+    )
+    f_BF = jax.nn.relu(z_BF - shift_F + self.b_enc)
     return {'f': f_BF, 'x_hat': self.decode(f_BF)}
 
-  def encode(self, x_BD: jax.Array) -> jax.Array:
-    """`[..., D] -> [..., F]`."""
-    return self(x_BD)['f']
-
-  def decode(self, f_BF: jax.Array) -> jax.Array:
-    """`[..., F] -> [..., D]`."""
-    return layers.decode(f_BF, self.W_dec, self.b_dec)
-
-  def losses(self, x_BD: jax.Array) -> dict[str, jax.Array]:
-    """The terms of Eq. 4, as `GatedSAE.losses`; `auxiliary` is 0."""
+  def terms(self, x_BD: jax.Array) -> dict[str, jax.Array]:
+    """The terms of Eq. 4, as `GatedSAE.terms`; `auxiliary` is 0."""
     out = self(x_BD)
-    return {
+    return out | {
       'reconstruction': layers.squared_error(x_BD, out['x_hat']),
-      'sparsity': jnp.mean(jnp.sum(out['f'], -1)),
-      'auxiliary': jnp.zeros(()),
-      'f': out['f'],
+      'sparsity': layers.weighted_l1(
+        out['f'], self.W_dec, self.sparsity, frozen=False
+      ),
+      'auxiliary': jnp.zeros(x_BD.shape[:-1]),
+    }
+
+
+class RescaleShiftSAE(layers.Dictionary):
+  """A frozen baseline whose magnitudes are learned anew (paper 5.2, footnote 12).
+
+  `f = 1[z + b_enc > 0] * ReLU(exp(r_mag) z + b_mag)` with `z = (x - b_dec) W_enc`.
+  It starts equal to the baseline, and only its reconstruction is trained; the
+  paper gives neither its loss nor its start.
+  """
+
+  encoders = ('W_enc',)
+  frozen = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
+  unit_rows = False  # They are what they were.
+
+  def setup(self):
+    F, D = self.features, self.width
+    zeros = nn.initializers.zeros
+    self.W_dec = self.param('W_dec', zeros, (F, D))
+    self.W_enc = self.param('W_enc', zeros, (D, F))
+    for name in ('b_enc', 'r_mag', 'b_mag'):
+      setattr(self, name, self.param(name, zeros, (F,)))
+    self.b_dec = self.param('b_dec', zeros, (D,))
+
+  @staticmethod
+  def start(baseline: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters that equal those of a `ReluSAE`."""
+    b_enc_F = baseline['b_enc']
+    return baseline | {'r_mag': jnp.zeros_like(b_enc_F), 'b_mag': b_enc_F}
+
+  def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
+    """Returns `f` `[..., F]` and `x_hat` `[..., D]`."""
+    z_BF, shift_F = layers.centred_product(
+      x_BD, self.b_dec, self.W_enc, self.precision
+    )
+    z_BF -= shift_F
+    pi_mag_BF = jnp.exp(self.r_mag) * z_BF + self.b_mag
+    f_BF = jnp.where(z_BF + self.b_enc > 0, jax.nn.relu(pi_mag_BF), 0)
+    return {'f': f_BF, 'x_hat': self.decode(f_BF)}
+
+  def terms(self, x_BD: jax.Array) -> dict[str, jax.Array]:
+    """As `ReluSAE.terms`; `sparsity` is 0 as well."""
+    out = self(x_BD)
+    none_B = jnp.zeros(x_BD.shape[:-1])
+    return out | {
+      'reconstruction': layers.squared_error(x_BD, out['x_hat']),
+      'sparsity': none_B,
+      'auxiliary': none_B,
     }

@@ -6,31 +6,59 @@
 `params` are for raw activations: what `gsae_jax.load` gives is what is there.
 """
 
+import difflib
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gsae_jax import paths
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+class _Preserved(preservation_policy.PreservationPolicy):
+  """The latest few, every so many steps, and those that are pinned."""
+
+  def __init__(self, latest: int | None, every: int | None, pinned: set[int]):
+    self._latest = latest
+    self._every = every
+    self._pinned = pinned
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = [c.step for c in checkpoints]
+    late = set(steps if self._latest is None else steps[-self._latest :])
+    return [
+      s in late | self._pinned
+      or (self._every is not None and s % self._every == 0)
+      for s in steps
+    ]
 
 
 class Checkpoints:
   """The checkpoints of one workdir."""
 
   def __init__(
-    self, workdir: str, *, kept: int | None, read_only: bool = False
+    self,
+    workdir: str,
+    *,
+    kept: int | None = None,
+    keep_every: int | None = None,
+    read_only: bool = False,
   ):
     """Opens the folder, and makes it unless `read_only`.
 
     Args:
       workdir: local folder or gs://.
       kept: how many of the latest to keep; None keeps all.
+      keep_every: keep also those whose step is a multiple.
       read_only: never write; the folder must exist.
 
     Raises:
@@ -41,8 +69,11 @@ class Checkpoints:
       raise UserError(
         f'--workdir: no checkpoints at {self.path}; run gsae_jax.train first'
       )
+    self._pinned: set[int] = set()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=kept, read_only=read_only, create=not read_only
+      preservation_policy=_Preserved(kept, keep_every, self._pinned),
+      read_only=read_only,
+      create=not read_only,
     )
     absl_logger = logging.getLogger('absl')
     level = absl_logger.level
@@ -67,6 +98,10 @@ class Checkpoints:
     """Steps of the finished checkpoints, ascending."""
     self._manager.reload()
     return sorted(self._manager.all_steps())
+
+  def pin(self, step: int) -> None:
+    """Keeps a checkpoint whatever comes."""
+    self._pinned.add(step)
 
   def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
     """Starts saving; the arrays may be donated as soon as this returns."""
@@ -142,22 +177,58 @@ class Checkpoints:
 
 
 def check_metadata(
-  have: dict[str, Any], want: dict[str, Any], where: str
-) -> None:
+  have: dict[str, Any],
+  want: dict[str, Any],
+  where: str,
+  allowed: Iterable[str] = (),
+) -> list[str]:
   """Refuses to mix two runs in one workdir.
+
+  Args:
+    have: metadata of the checkpoint to go on from.
+    want: of the run that wants to.
+    where: the workdir.
+    allowed: fields of the config that may differ, and 'store'.
+
+  Returns:
+    the differences that were allowed.
 
   Raises:
     UserError: names the first field of the config, or the store, that differs.
   """
-  different = differences(have['identity'], want['identity'])
-  if different:
+  here = want['identity'] | {'store': want['store']}
+  there = have['identity'] | {'store': have['store']}
+  for field in allowed:
+    _check_field(field, here, there)
+  found = []
+  for line in differences(there, here):
+    field = line.split(' ', 1)[0]
+    if any(f'{field}.'.startswith(f'{name}.') for name in allowed):
+      found.append(line)
+      continue
+    what = 'store' if field == 'store' else 'config'
     raise UserError(
-      f'--workdir: {where} holds checkpoints of another config '
-      f'({different[0]}); give another folder, or the same config'
+      f'--workdir: {where} holds checkpoints of another {what} ({line}); give '
+      f'another folder, or the same {what}, or --allow-config-change={field}'
     )
-  if have['store'] != want['store']:
-    raise UserError(
-      f'--workdir: {where} holds checkpoints of another store (content hash '
-      f'{have["store"][:12]} there, {want["store"][:12]} here); give another '
-      'folder, or the same --store'
-    )
+  return found
+
+
+def _check_field(field: str, *trees: dict[str, Any]) -> None:
+  """Refuses the name of what no config of this run has."""
+  names = set()
+  for tree in trees:
+    names |= _names(tree)
+  if field not in names:
+    near = difflib.get_close_matches(field, names, 1)
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    raise UserError(f'--allow-config-change: there is no field {field!r}{hint}')
+
+
+def _names(tree: dict[str, Any], prefix: str = '') -> set[str]:
+  names = set()
+  for key, value in tree.items():
+    names.add(f'{prefix}{key}')
+    if isinstance(value, dict):
+      names |= _names(value, f'{prefix}{key}.')
+  return names

@@ -6,22 +6,42 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsae_jax import processes
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import Store
 from gsae_jax.activations.stream import Stream
 from gsae_jax.config import MemberConfig, TrainConfig
-from gsae_jax.errors import Preempted
-from gsae_jax.training import checkpoints
-from gsae_jax.training import state as state_lib
-from gsae_jax.training.members import Member, build_members
-from gsae_jax.training.resampling import resample_members
-from gsae_jax.training.tracking import Tracker, diverged
+from gsae_jax.errors import Preempted, UserError
+from gsae_jax.training import checkpoints, density
+from gsae_jax.training.groups import Baseline, copier, make_groups
+from gsae_jax.training.members import make_recipe
+from gsae_jax.training.progress import Progress
+from gsae_jax.training.resampling import Resampler
+from gsae_jax.training.run import Run
+from gsae_jax.training.tracking import Tracker
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a call of `train` ended.
+
+  Attributes:
+    finished: False when it was preempted.
+    step: the last one that was saved.
+    tokens_per_second: of this call.
+    values: the last metrics that were logged, by member.
+    stopped: members that diverged: `step`, `reason` and `last_checkpoint`.
+  """
+
+  finished: bool
+  step: int
+  tokens_per_second: float
+  values: dict[str, dict[str, float]]
+  stopped: dict[str, dict[str, Any]]
 
 
 def train(
@@ -35,7 +55,9 @@ def train(
   workdir: str,
   metadata: dict[str, Any],
   preempted: Callable[[], bool],
-) -> bool:
+  baseline: Baseline | None = None,
+  allowed: tuple[str, ...] = (),
+) -> Outcome:
   """Trains the members, from the latest checkpoint if there is one.
 
   Args:
@@ -43,150 +65,206 @@ def train(
     loader: gives them; every member's site.
     members: the SAEs.
     settings: the run's.
-    mesh: 'data' splits rows and 'model' features.
+    mesh: 'sae' splits members, 'data' rows and 'model' features.
     seed: of the batch order, and of members that have none.
     workdir: checkpoints, metrics.jsonl and TensorBoard files go there.
     metadata: written beside each checkpoint; `identity` and `store` must be
       those of the checkpoints that are there.
-    preempted: asked before each step; True saves and returns.
+    preempted: asked before each step; True, on any process, saves and returns.
+    baseline: parameters of what a member with `baseline` starts from.
+    allowed: fields of the identity that may differ from the checkpoint's.
 
-  Returns:
-    True when the run is complete, False when it was preempted.
+  Raises:
+    UserError: what is in the workdir does not fit, or every member diverged.
   """
-  run = build_members(members, settings, store, mesh, seed)
-  key = jax.device_put(
-    jax.random.key_data(jax.random.key(seed)), NamedSharding(mesh, P())
-  )
+  run = Run(make_groups(members, settings, store, mesh, seed), store)
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(
-      checkpoints.Checkpoints(workdir, kept=settings.checkpoints_kept)
+      checkpoints.Checkpoints(
+        workdir,
+        kept=settings.checkpoints_kept,
+        keep_every=settings.checkpoints_kept_every,
+      )
     )
     done = saved.steps()
     first = done[-1] if done else 0
+    if first > settings.steps:
+      raise UserError(
+        f'train.steps: {workdir} is at step {first} already, and the config '
+        f'ends at {settings.steps}'
+      )
+    changes = []
     if done:
-      checkpoints.check_metadata(saved.metadata(first), metadata, workdir)
-      key = _restore(saved, first, run, mesh, key)
-    metadata = metadata | {'members': _describe(run, store, seed)}
+      changes = checkpoints.check_metadata(
+        saved.metadata(first), metadata, workdir, allowed
+      )
+      run.restore(saved, first)
+    else:
+      run.start(baseline)
     tracker = stack.enter_context(
       Tracker(
         workdir,
         resumed_at=first,
         writers=settings.writers,
         config=metadata['config'],
+        stopped=run.stopped,
       )
     )
-    bar = stack.enter_context(
-      tqdm.tqdm(
-        total=settings.steps,
-        initial=first,
-        unit='step',
-        mininterval=1.0,
-        disable=jax.process_index() != 0,
+    for change in changes:
+      tracker.event({'step': first, 'member': None, 'config_change': change})
+    progress = stack.enter_context(
+      Progress(
+        first=first, steps=settings.steps, batch_size=settings.batch_size
       )
     )
-
-    def save(step):
-      tracker.sync()
-      if step not in done:
-        _check_finite(run, step)
-        saved.save(step, _to_checkpoint(run, key), metadata)
-        done.append(step)
-
+    loop = _Loop(run, saved, tracker, progress, settings, metadata, done, mesh)
+    resample = Resampler(
+      run.groups, loader, settings, make_recipe(settings).schedule, mesh
+    )
+    stopping = processes.Ballot(preempted)
     batches = loader.batches(NamedSharding(mesh, P('data')), start=first)
-    ready = None
+    stack.enter_context(processes.leaving_with_the_others())
     for step in range(first, settings.steps):
-      stopping = preempted()
-      if stopping or step % settings.checkpoint_every == 0:
-        save(step)
-      if stopping:
-        return False
+      leave = stopping()
+      if leave or step % settings.checkpoint_every == 0:
+        loop.save(step)
+      if leave:
+        return loop.outcome(step, finished=False)
       try:
         batch = next(batches)
       except Preempted:  # While a stream was filling its buffer.
-        save(step)
-        return False
+        loop.save(step)
+        return loop.outcome(step, finished=False)
       if step in settings.resample_steps:
-        entropy = (*jax.device_get(key).tolist(), step)
-        for event in resample_members(run, loader, settings, step, entropy):
+        loop.check(step)
+        for event in resample(step, run.stopped):
           tracker.event(event)
-      metrics = {}
       with jax.transfer_guard('disallow'):
-        for m in run:
-          m.state, metrics[m.config.name] = m.step(
-            m.state, batch[m.config.site], m.hyper
-          )
-      jax.block_until_ready(ready)  # One step ahead of the device, no more.
-      ready = metrics
-      bar.update()
-      if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-        tokens = (step + 1) * settings.batch_size
-        _show(
-          bar, tracker.write(step + 1, tokens, metrics), settings.batch_size
+        metrics = run.step(batch)
+      loop.stepped(step + 1, metrics, loader.bytes_read)
+    loop.save(settings.steps)
+    return loop.outcome(settings.steps, finished=True)
+
+
+class _Loop:
+  """What happens around a step: logs, checkpoints, and stopping members."""
+
+  def __init__(
+    self,
+    run: Run,
+    saved: checkpoints.Checkpoints,
+    tracker: Tracker,
+    progress: Progress,
+    settings: TrainConfig,
+    metadata: dict[str, Any],
+    done: list[int],
+    mesh: Mesh,
+  ):
+    self._run = run
+    self._copy = copier(mesh)
+    self._saved = saved
+    self._tracker = tracker
+    self._progress = progress
+    self._settings = settings
+    self._metadata = metadata
+    self._done = done
+    self._ready = None
+    self._values: dict[str, dict[str, float]] = {}
+    for about in run.stopped.values():
+      saved.pin(about['last_checkpoint'])
+
+  def stepped(self, step: int, metrics: dict, bytes_read: int) -> None:
+    """Called behind each step, with how many there were."""
+    jax.block_until_ready(self._ready)  # One step ahead of the device, no more.
+    self._ready = metrics
+    self._progress.update()
+    s = self._settings
+    if step % s.log_every == 0 or step == s.steps:
+      rates = self._progress.rates(bytes_read)
+      self._logged(
+        self._tracker.write(
+          step, step * s.batch_size, self._copy(metrics), rates
         )
-    save(settings.steps)
-  return True
+      )
+      self._progress.show(self._values)
+    if step % s.histogram_every == 0 or step == s.steps:
+      self._write_densities(step)
 
+  def _logged(self, values: dict[str, dict[str, float]]) -> None:
+    """Looks at what was logged, for members that diverged."""
+    alive = self._run.alive()
+    values = {k: v for k, v in values.items() if k in alive}
+    for name, scalars in values.items():
+      if not np.isfinite(scalars['loss']):
+        self._stop(name, int(scalars['step']), f'its loss is {scalars["loss"]}')
+    if values:
+      self._values = {k: v for k, v in values.items() if k in self._run.alive()}
 
-def _show(bar: tqdm.tqdm, values: dict, batch_size: int) -> None:
-  if values:
-    so_far = bar.format_dict
-    rate = (so_far['n'] - so_far['initial']) / max(so_far['elapsed'], 1e-9)
-    mean = lambda k: np.mean([v[k] for v in values.values()])
-    bar.set_postfix_str(
-      f'{rate * batch_size:,.0f} tokens/s, mean loss {mean("loss"):.4g}, '
-      f'mean L0 {mean("l0"):.1f}'
+  def check(self, step: int) -> None:
+    """Stops members whose weights are not all numbers."""
+    self._logged(self._tracker.flush())
+    for group in self._run.groups:
+      for name, fine in group.finite().items():
+        if not fine and name in self._run.alive():
+          self._stop(name, step, 'its weights are not all finite')
+
+  def _stop(self, name: str, step: int, reason: str) -> None:
+    last = self._done[-1]
+    about = {'step': step, 'reason': reason, 'last_checkpoint': last}
+    self._run.stopped[name] = about
+    self._saved.pin(last)
+    self._tracker.stop(
+      {
+        'step': step,
+        'tokens': step * self._settings.batch_size,
+        'member': name,
+        'stopped': reason,
+        'last_checkpoint': last,
+      }
+    )
+    if not self._run.alive():
+      raise UserError(
+        f'saes: {tell_stopped(self._run.stopped)}; no member is left. Lower the '
+        'learning_rate and start again in another --workdir'
+      )
+
+  def save(self, step: int) -> None:
+    """Saves the step, unless that was done; never a state that diverged."""
+    self.check(step)
+    self._tracker.sync()
+    if step in self._done:
+      return
+    metadata = self._metadata | {
+      'members': self._run.describe(),
+      'stopped': self._run.stopped,
+    }
+    self._saved.save(step, self._run.checkpoint(), metadata)
+    self._done.append(step)
+
+  def _write_densities(self, step: int) -> None:
+    every, size = self._settings.histogram_every, self._settings.batch_size
+    rows = ((step - 1) % every + 1) * size
+    self._logged(self._tracker.flush())
+    for group in self._run.groups:
+      for name, fired_F in group.fired_counts().items():
+        if name in self._run.alive():
+          record = {'step': step, 'tokens': step * size, 'member': name}
+          self._tracker.histogram(record, density.histogram(fired_F, rows))
+
+  def outcome(self, step: int, *, finished: bool) -> Outcome:
+    return Outcome(
+      finished=finished,
+      step=step,
+      tokens_per_second=self._progress.tokens_per_second(),
+      values=self._values,
+      stopped=self._run.stopped,
     )
 
 
-def _check_finite(run: list[Member], step: int) -> None:
-  """Raises UserError rather than let a diverged state be saved."""
-  for m in run:
-    if not jax.device_get(_all_finite(m.state.params)):
-      raise diverged(m.config.name, f'not all its weights are finite at {step}')
-
-
-@jax.jit
-def _all_finite(params: dict[str, jax.Array]) -> jax.Array:
-  return jnp.all(jnp.array([jnp.all(jnp.isfinite(v)) for v in params.values()]))
-
-
-def _describe(
-  run: list[Member], store: Store, seed: int
-) -> list[dict[str, Any]]:
-  """What a reader needs to know of each member, as plain data."""
-  return [
-    dataclasses.asdict(m.config)
-    | {
-      'seed': seed if m.config.seed is None else m.config.seed,
-      'width': m.module.width,
-      'scale': float(m.hyper.scale),
-      'mean_squared_norm': store.sites[m.config.site].mean_squared_norm,
-      'shapes': {k: list(v.shape) for k, v in m.state.params.items()},
-    }
-    for m in run
-  ]
-
-
-def _to_checkpoint(run: list[Member], key: jax.Array) -> dict:
-  members = {
-    m.config.name: state_lib.to_checkpoint(m.state, m.hyper.scale) for m in run
-  }
-  return {'rng': key, 'members': members}
-
-
-def _restore(
-  saved: checkpoints.Checkpoints,
-  step: int,
-  run: list[Member],
-  mesh: Mesh,
-  key: jax.Array,
-) -> jax.Array:
-  """Puts the saved states into the members; returns the run's key."""
-  abstract = {
-    m.config.name: state_lib.abstract_checkpoint(m.module, mesh) for m in run
-  }
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=key.sharding)
-  state = saved.restore(step, {'rng': key, 'members': abstract})
-  for m in run:
-    m.state = state_lib.from_checkpoint(state['members'][m.config.name])
-  return state['rng']
+def tell_stopped(stopped: dict[str, dict[str, Any]]) -> str:
+  """What happened to members that diverged, and what is left of them."""
+  return '; '.join(
+    f'member {name!r} diverged at step {about["step"]}: {about["reason"]}; its '
+    f'last good checkpoint is of step {about["last_checkpoint"]}'
+    for name, about in stopped.items()
+  )

@@ -4,19 +4,24 @@ The paper does not say how a Gated SAE's own parameters are reset; here the
 resampled feature starts as at initialisation: biases and r_mag at 0.
 """
 
-import zlib
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.stream import Stream
 from gsae_jax.config import TrainConfig
+from gsae_jax.training.groups import Group
 from gsae_jax.training.members import Member
+from gsae_jax.training.schedule import Schedule
 from gsae_jax.training.state import MemberState
+from gsae_jax.training.step import Hyperparameters, losses
 
 
 def draw_rows(
@@ -24,20 +29,26 @@ def draw_rows(
 ) -> np.ndarray:
   """Indices of `count` inputs, each drawn with odds of its loss squared.
 
-  A function of the losses and of `entropy`: the run's key, step and member.
+  A function of the losses and of `entropy`: the member's key, and the step.
   """
   odds_N = losses_N.astype(np.float64) ** 2
+  if not odds_N.any():
+    odds_N += 1
   rng = np.random.default_rng(entropy)
   return rng.choice(len(odds_N), size=count, p=odds_N / odds_N.sum())
 
 
 def row_losses(
-  module: nn.Module, params: dict[str, jax.Array], x_BD: jax.Array, scale
+  module: nn.Module,
+  schedule: Schedule,
+  state: MemberState,
+  hyper: Hyperparameters,
+  x_BD: jax.Array,
 ) -> jax.Array:
-  """`||x - x_hat||^2` of each row, `[B]`."""
-  x_BD = x_BD.astype(jnp.float32) * scale
-  x_hat_BD = module.apply({'params': params}, x_BD)['x_hat']
-  return jnp.sum((x_BD - x_hat_BD) ** 2, -1)
+  """The loss (Eq. 4 or 8) of each row at this step, `[B]`."""
+  x_BD = x_BD.astype(jnp.float32) * hyper.scale
+  l1 = hyper.l1 * schedule.l1(state.step)
+  return losses(module, state.params, x_BD, l1, hyper.error_scale)[0]
 
 
 def resample(
@@ -45,12 +56,12 @@ def resample(
   dead_F: jax.Array,
   drawn_FD: jax.Array,
   *,
-  encoder: str,
+  module: nn.Module,
 ) -> MemberState:
   """Replaces the dead features.
 
   The decoder row becomes the drawn input's direction from `b_dec`, the encoder
-  column the same at 0.2 of the mean norm of the alive ones; biases, r_mag and
+  columns the same at 0.2 of the mean norm of the alive ones; biases, r_mag and
   second moments of the feature are reset to 0. Adam's count is not, so the first
   updates of a fresh feature are up to 32 times the learning rate; the warm-up
   behind the event takes the edge off.
@@ -59,21 +70,20 @@ def resample(
     state: the member's.
     dead_F: bool `[F]`.
     drawn_FD: `[F, D]` scaled inputs; rows of alive features are ignored.
-    encoder: name of the encoder parameter.
+    module: the member's.
   """
   params = dict(state.params)
   direction_FD = drawn_FD - params['b_dec']
   norm_F1 = jnp.linalg.norm(direction_FD, axis=-1, keepdims=True)
   direction_FD /= jnp.maximum(norm_F1, 1e-12)
-  norms_F = jnp.linalg.norm(params[encoder], axis=0)
   alive = jnp.sum(~dead_F)
-  # With nobody alive, the directions themselves set the size.
-  mean = jnp.sum(jnp.where(dead_F, 0, norms_F)) / jnp.maximum(alive, 1)
-  mean = jnp.where(alive > 0, mean, 1.0)
-  fresh = {
-    'W_dec': direction_FD,
-    encoder: 0.2 * mean * direction_FD.T,
-  }
+  fresh = {'W_dec': direction_FD}
+  for encoder in module.encoders:
+    norms_F = jnp.linalg.norm(params[encoder], axis=0)
+    # With nobody alive, the directions themselves set the size.
+    mean = jnp.sum(jnp.where(dead_F, 0, norms_F)) / jnp.maximum(alive, 1)
+    mean = jnp.where(alive > 0, mean, 1.0)
+    fresh[encoder] = 0.2 * mean * direction_FD.T
   # Features are the last axis of everything but the decoder.
   nu = dict(state.opt_state.nu)
   for name in params:
@@ -89,66 +99,132 @@ def resample(
   )
 
 
-_row_losses = jax.jit(row_losses, static_argnums=0)
-_resample = jax.jit(resample, static_argnames='encoder')
+@functools.lru_cache(None)
+def _programs(module: nn.Module, schedule: Schedule, mesh: Mesh):
+  """Compiled: who is silent for how long, losses of rows, resampling."""
+  everywhere = NamedSharding(mesh, P())
+  return (
+    jax.jit(lambda state: state.steps_since_fired, out_shardings=everywhere),
+    jax.jit(
+      functools.partial(row_losses, module, schedule), out_shardings=everywhere
+    ),
+    jax.jit(functools.partial(resample, module=module)),
+  )
 
 
-def resample_members(
-  run: list[Member],
-  loader: Loader | Stream,
-  settings: TrainConfig,
-  step: int,
-  entropy: tuple[int, ...],
-) -> list[dict[str, Any]]:
-  """Resamples every member's dead features; returns a record of each event.
+def _global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """The same array of every process, as one."""
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+
+class Resampler:
+  """Resamples the members of a run.
 
   The subset that losses are computed on is the batches that come next, read
-  twice: for the losses of all members, and for what was drawn. A member's draws
-  depend on its name, not on its company.
+  twice: for the losses of all members, and for what was drawn.
   """
-  batches = range(step, step + settings.resample_rows // settings.batch_size)
-  dead = {
-    m.config.name: jax.device_get(m.state.steps_since_fired)
-    >= settings.dead_after
-    for m in run
-  }
-  dying = [m for m in run if dead[m.config.name].any()]
-  losses = {m.config.name: [] for m in dying}
-  for b in batches if dying else ():
-    for m in dying:
-      x_BD = loader.rows_at(b, m.config.site)
-      losses[m.config.name].append(
-        _row_losses(m.module, m.state.params, x_BD, m.hyper.scale)
+
+  def __init__(
+    self,
+    groups: list[Group],
+    loader: Loader | Stream,
+    settings: TrainConfig,
+    schedule: Schedule,
+    mesh: Mesh,
+  ):
+    # Whose features are frozen has none to resample.
+    self._groups = [
+      g for g in groups if not set(g.module.encoders) & set(g.module.frozen)
+    ]
+    self._loader = loader
+    self._settings = settings
+    self._programs = functools.partial(_programs, schedule=schedule, mesh=mesh)
+    self._rows = NamedSharding(mesh, P('data'))
+    self._everywhere = NamedSharding(mesh, P())
+
+  def __call__(self, step: int, stopped: dict[str, Any]) -> list[dict]:
+    """Replaces every member's dead features.
+
+    Args:
+      step: of the run.
+      stopped: members to leave alone, by name.
+
+    Returns:
+      a record of each event.
+    """
+    members, states = {}, {}
+    for group in self._groups:
+      members |= {m.name: m for m in group.members if m.name not in stopped}
+      states |= group.states()
+    dead = {}
+    for name, member in members.items():
+      silent, _, _ = self._programs(member.module)
+      silent_F = jax.device_get(silent(states[name]))
+      dead[name] = silent_F >= self._settings.dead_after
+    dying = {k: m for k, m in members.items() if dead[k].any()}
+    if dying:
+      for name, drawn_FD in self._draw(step, dying, dead, states).items():
+        states[name] = self._replace(
+          dying[name], states[name], dead[name], drawn_FD
+        )
+      for group in self._groups:
+        if dying.keys() & set(group.names):
+          group.put(states)
+    return [
+      {
+        'step': step,
+        'tokens': step * self._settings.batch_size,
+        'member': name,
+        'resampled': int(dead_F.sum()),
+      }
+      for name, dead_F in dead.items()
+    ]
+
+  def _draw(
+    self,
+    step: int,
+    dying: dict[str, Member],
+    dead: dict[str, np.ndarray],
+    states: dict[str, MemberState],
+  ) -> dict[str, np.ndarray]:
+    """For each member, inputs `[F, D]` in the rows of its dead features."""
+    size = self._settings.batch_size
+    batches = range(step, step + self._settings.resample_rows // size)
+    losses = {name: [] for name in dying}
+    for b in batches:
+      for name, m in dying.items():
+        x_BD = _global(self._loader.rows_at(b, m.config.site), self._rows)
+        _, row_losses, _ = self._programs(m.module)
+        losses[name].append(
+          jax.device_get(row_losses(states[name], m.hyper, x_BD))
+        )
+    drawn, found = {}, {}
+    for name, m in dying.items():
+      rng = jax.device_get(states[name].rng).tolist()
+      drawn[name] = draw_rows(
+        np.concatenate(losses[name]),
+        int(dead[name].sum()),
+        entropy=(*rng, step),
       )
-  drawn, found = {}, {}
-  for m in dying:
-    name = m.config.name
-    drawn[name] = draw_rows(
-      np.concatenate(losses[name]),
-      int(dead[name].sum()),
-      entropy=(*entropy, zlib.crc32(name.encode())),
+      found[name] = np.zeros((m.module.features, m.module.width), np.float32)
+    for b in batches:
+      for name, m in dying.items():
+        batch_of, row_of = np.divmod(drawn[name], size)
+        here = batch_of == b - step
+        if here.any():
+          x_BD = self._loader.rows_at(b, m.config.site)
+          features = np.flatnonzero(dead[name])[here]
+          found[name][features] = x_BD[row_of[here]]
+    return found
+
+  def _replace(
+    self, m: Member, state: MemberState, dead_F, drawn_FD
+  ) -> MemberState:
+    _, _, resample = self._programs(m.module)
+    where = jax.tree.map(lambda a: a.sharding, state)
+    fresh = resample(
+      state,
+      _global(dead_F, self._everywhere),
+      _global(drawn_FD * float(m.hyper.scale), self._everywhere),
     )
-    found[name] = np.zeros((len(drawn[name]), m.module.width), np.float32)
-  for b in batches if dying else ():
-    for m in dying:
-      batch_of, row_of = np.divmod(drawn[m.config.name], settings.batch_size)
-      here = batch_of == b - step
-      if here.any():
-        x_BD = loader.rows_at(b, m.config.site)
-        found[m.config.name][here] = x_BD[row_of[here]]
-  for m in dying:
-    dead_F = dead[m.config.name]
-    drawn_FD = np.zeros((m.module.features, m.module.width), np.float32)
-    drawn_FD[dead_F] = found[m.config.name] * float(m.hyper.scale)
-    placed = jax.tree.map(lambda a: a.sharding, m.state)
-    fresh = _resample(m.state, dead_F, drawn_FD, encoder=m.module.encoder)
-    m.state = jax.device_put(fresh, placed)
-  return [
-    {
-      'step': step,
-      'tokens': step * settings.batch_size,
-      'member': name,
-      'resampled': int(dead_F.sum()),
-    }
-    for name, dead_F in dead.items()
-  ]
+    return jax.device_put(fresh, where)

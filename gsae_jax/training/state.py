@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,7 +21,9 @@ SPECS = {
   'b_enc': P('model'),
   'b_mag': P('model'),
   'r_mag': P('model'),
+  'W_mag': P(None, 'model'),
   'steps_since_fired': P('model'),
+  'fired_counts': P('model'),
 }
 
 # Parameters in the units of the activations; the others have no unit.
@@ -39,56 +42,75 @@ class MemberState(NamedTuple):
   Attributes:
     step: int32, steps taken.
     params: the SAE's parameters, for activations times the run's scale.
-    opt_state: Adam's second moments and count.
+    opt_state: Adam's second moments and count, of what is trained.
     steps_since_fired: int32 `[F]`, 0 where the feature fired in the last batch.
+    fired_counts: int32 `[F]`, rows that it fired on since the last histogram.
+    rng: uint32 `[2]`, the member's key; draws are functions of it and the step.
   """
 
   step: jax.Array
   params: dict[str, jax.Array]
   opt_state: Any
   steps_since_fired: jax.Array
+  fired_counts: jax.Array
+  rng: jax.Array
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
-  """A NamedSharding for each leaf of a member's state, by its name."""
+def shardings(mesh: Mesh, tree: Any, *, layout: str = 'alone') -> Any:
+  """A NamedSharding for each leaf of a member's state, by its name.
 
-  def named(path, _):
+  Args:
+    mesh: where.
+    tree: arrays, or their shapes.
+    layout: 'alone'; 'stacked', with an axis of members in front, over 'sae'; or
+      'gathered', a stacked member on its own, whose features are over 'sae' too
+      so that taking it out of its group costs no memory.
+  """
+
+  def named(path, leaf):
     key = path[-1]
     name = getattr(key, 'key', None) or getattr(key, 'name', None)
-    return NamedSharding(mesh, SPECS.get(name, P()))
+    spec = SPECS.get(name, P())
+    if layout == 'stacked':
+      spec = P('sae', *spec)
+    if layout == 'gathered' and 'model' in spec:
+      axis = spec.index('model')
+      if leaf.shape[axis] % (mesh.shape['sae'] * mesh.shape['model']) == 0:
+        both = ('sae', 'model')
+        spec = P(*(both if part == 'model' else part for part in spec))
+    return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(named, tree)
 
 
-def abstract_member(module: nn.Module, mesh: Mesh) -> MemberState:
-  """Shapes, dtypes and shardings of a member's state, allocating nothing."""
-  shapes = jax.eval_shape(functools.partial(_init, module), jax.random.key(0))
-  return _placed(shapes, mesh)
+def key_data(seed: int) -> np.ndarray:
+  """The key of a seed, as plain numbers."""
+  return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    shapes,
-    shardings(mesh, shapes),
-  )
+def init_member(module: nn.Module, rng: jax.Array) -> MemberState:
+  """A fresh state.
 
-
-def init_member(module: nn.Module, mesh: Mesh, *, seed: int) -> MemberState:
-  """A fresh state, born sharded over the mesh; the same on any mesh."""
-  placed = jax.tree.map(lambda a: a.sharding, abstract_member(module, mesh))
-  init = jax.jit(functools.partial(_init, module), out_shardings=placed)
-  return init(jax.random.key(seed))
-
-
-def _init(module: nn.Module, key: jax.Array) -> MemberState:
+  Args:
+    module: the architecture.
+    rng: see `key_data`.
+  """
+  key = jax.random.wrap_key_data(rng)
   params = module.init(key, jnp.zeros((1, module.width)))['params']
+  trained = {k: v for k, v in params.items() if k not in module.frozen}
   return MemberState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=OPTIMIZER.init(params),
+    opt_state=OPTIMIZER.init(trained),
     steps_since_fired=jnp.zeros(module.features, jnp.int32),
+    fired_counts=jnp.zeros(module.features, jnp.int32),
+    rng=rng,
   )
+
+
+def member_shapes(module: nn.Module) -> MemberState:
+  """Shapes and dtypes of a member's state."""
+  return jax.eval_shape(functools.partial(init_member, module), key_data(0))
 
 
 def fold_scale(
@@ -97,7 +119,7 @@ def fold_scale(
   """Parameters for raw activations, from those trained on `scale * x`.
 
   Encoders and decoder have no unit, so only the biases change: decoder rows
-  stay unit and features come out in the units of the raw activations.
+  stay as they are and features come out in the units of the raw activations.
   """
   return {k: v / scale if k in _BIASES else v for k, v in params.items()}
 
@@ -113,23 +135,43 @@ def to_checkpoint(state: MemberState, scale: jax.Array) -> dict[str, Any]:
     'scaled_biases': {k: v for k, v in state.params.items() if k in _BIASES},
     'opt_state': {'count': state.opt_state.count, 'nu': state.opt_state.nu},
     'steps_since_fired': state.steps_since_fired,
+    'fired_counts': state.fired_counts,
+    'rng': state.rng,
     'step': state.step,
   }
 
 
 def from_checkpoint(saved: dict[str, Any]) -> MemberState:
   """The inverse of `to_checkpoint`, to the bit."""
-  params = saved['params'] | saved['scaled_biases']
-  opt_state = jax.eval_shape(OPTIMIZER.init, params)
+  opt_state = jax.eval_shape(OPTIMIZER.init, saved['opt_state']['nu'])
   return MemberState(
     step=saved['step'],
-    params=params,
+    params=saved['params'] | saved['scaled_biases'],
     opt_state=opt_state._replace(**saved['opt_state']),
     steps_since_fired=saved['steps_since_fired'],
+    fired_counts=saved['fired_counts'],
+    rng=saved['rng'],
   )
 
 
-def abstract_checkpoint(module: nn.Module, mesh: Mesh) -> dict[str, Any]:
-  """What `to_checkpoint` gives, as shapes, dtypes and shardings."""
-  shapes = jax.eval_shape(to_checkpoint, abstract_member(module, mesh), 1.0)
-  return _placed(shapes, mesh)
+def checkpoint_shapes(module: nn.Module) -> dict[str, Any]:
+  """Shapes and dtypes of what `to_checkpoint` gives."""
+  return jax.eval_shape(to_checkpoint, member_shapes(module), 1.0)
+
+
+def zeros(placed: dict[str, Any]) -> MemberState:
+  """A state without content, from shapes of a checkpoint with shardings."""
+  make = jax.jit(
+    lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), placed),
+    out_shardings=jax.tree.map(lambda a: a.sharding, placed),
+  )
+  return from_checkpoint(make())
+
+
+def place(shapes: Any, shardings: Any) -> Any:
+  """Both as one tree of `jax.ShapeDtypeStruct`."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    shardings,
+  )

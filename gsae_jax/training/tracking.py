@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ class Tracker:
   """Writes scalars one call late, so that a step is never waited for.
 
   `metrics.jsonl` holds an object a line: `step`, `tokens`, `member` and the
-  member's scalars. A resumed run first drops the lines past its checkpoint, so
-  the file ends as if nothing had happened.
+  member's scalars; where `member` is null, they are the machine's. A resumed run
+  first drops the lines past its checkpoint, so the file ends as if nothing had
+  happened.
   """
 
   def __init__(
@@ -30,9 +32,19 @@ class Tracker:
     resumed_at: int,
     writers: tuple[str, ...],
     config: dict[str, Any],
+    stopped: Iterable[str] = (),
   ):
-    """Opens the file and the writers; does nothing on processes other than 0."""
+    """Opens the file and the writers; does nothing on processes other than 0.
+
+    Args:
+      workdir: where.
+      resumed_at: the step of the checkpoint; later lines are dropped.
+      writers: 'tensorboard', 'wandb'.
+      config: for wandb.
+      stopped: members of whom nothing is written.
+    """
     self._pending = None
+    self._stopped = set(stopped)
     self._file = None
     self._writers = []
     if jax.process_index():
@@ -44,11 +56,12 @@ class Tracker:
     if 'wandb' in writers:
       self._writers.append(_Wandb(folder, config))
     path = folder / 'metrics.jsonl'
-    # The event of a step comes behind its checkpoint, and will come again.
+    # What comes behind the checkpoint of its step will come again.
+    behind = {'resampled', 'config_change'}
     kept = [
       r
       for r in read_metrics(path)
-      if r['step'] + ('resampled' in r) <= resumed_at
+      if r['step'] + bool(behind & r.keys()) <= resumed_at
     ]
     self._file = _Lines(path, kept)
 
@@ -65,57 +78,88 @@ class Tracker:
       if self._file:
         self._file.close()
 
-  def write(self, step: int, tokens: int, metrics: dict[str, Any]) -> dict:
-    """Takes `{member: {name: scalar array}}`; returns the last call's values."""
+  def write(
+    self,
+    step: int,
+    tokens: int,
+    metrics: dict[tuple[str, ...], dict[str, Any]],
+    rates: dict[str, float],
+  ) -> dict[str, dict[str, float]]:
+    """Takes the metrics of a step.
+
+    Args:
+      step: how many there were.
+      tokens: of all of them.
+      metrics: scalar arrays by name, for each group of members; of several, the
+        members are in front.
+      rates: the machine's.
+
+    Returns:
+      what `flush` does, of the call before.
+    """
     values = self.flush()
-    self._pending = (step, tokens, metrics)
+    self._pending = (step, tokens, metrics, rates)
     return values
 
   def event(self, record: dict[str, Any]) -> None:
     """Writes one line of its own, such as a resampling."""
-    self.flush()
     if self._file:
       self._file.write(record)
 
+  def stop(self, record: dict[str, Any]) -> None:
+    """Writes that a member was stopped, and nothing of it any more."""
+    self._stopped.add(record['member'])
+    self.event(record)
+
+  def histogram(
+    self, record: dict[str, Any], densities: dict[str, Any]
+  ) -> None:
+    """Writes on what share of rows features fired, see `density.histogram`."""
+    self.event(record | {'density': densities})
+    for writer in self._writers:
+      writer.histogram(
+        record['step'], f'{record["member"]}/log10_density', densities
+      )
+
   def sync(self) -> None:
     """Makes what was written so far visible, on object storage too."""
-    self.flush()
     if self._file:
       self._file.sync()
     for writer in self._writers:
       writer.sync()
 
   def flush(self) -> dict[str, dict[str, float]]:
-    """Writes what is pending, and returns it as floats.
+    """Writes what is pending.
 
-    Raises:
-      UserError: a member's loss is not finite.
+    Returns:
+      it, as floats by member, with its `step`; also of members whose loss is
+      not finite, of whom nothing is written.
     """
     if self._pending is None:
       return {}
-    step, tokens, metrics = self._pending
+    step, tokens, metrics, rates = self._pending
     self._pending = None
-    values = {
-      member: {k: float(v) for k, v in scalars.items()}
-      for member, scalars in jax.device_get(metrics).items()
-    }
-    for member, scalars in values.items():
-      if not np.isfinite(scalars['loss']):
-        raise diverged(member, f'its loss is {scalars["loss"]} at step {step}')
-      if self._file:
-        record = {'step': step, 'tokens': tokens, 'member': member, **scalars}
-        self._file.write(record)
-      for writer in self._writers:
-        writer.write(step, {f'{member}/{k}': v for k, v in scalars.items()})
-    return values
+    values = {}
+    for names, scalars in jax.device_get(metrics).items():
+      columns = {k: np.atleast_1d(v).tolist() for k, v in scalars.items()}
+      for i, name in enumerate(names):
+        if name not in self._stopped:
+          values[name] = {k: v[i] for k, v in columns.items()}
+    for member, scalars in [*values.items(), (None, rates)]:
+      if member is None or np.isfinite(scalars['loss']):
+        self._write(step, tokens, member, scalars)
+    return {k: v | {'step': step} for k, v in values.items()}
 
-
-def diverged(member: str, how: str) -> UserError:
-  """The error for a member whose numbers are no longer numbers."""
-  return UserError(
-    f'saes: member {member!r} diverged: {how}; the checkpoints so far are '
-    'good. Lower its learning_rate and start again in another --workdir'
-  )
+  def _write(
+    self, step: int, tokens: int, member: str | None, scalars: dict[str, float]
+  ) -> None:
+    # JSON has no NaN: gamma while nothing fires.
+    known = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
+    self.event({'step': step, 'tokens': tokens, 'member': member, **known})
+    prefix = 'run' if member is None else member
+    named = {f'{prefix}/{k}': v for k, v in known.items() if v is not None}
+    for writer in self._writers:
+      writer.write(step, named)
 
 
 class _Lines:
@@ -167,6 +211,22 @@ class _TensorBoard:
     for name, value in scalars.items():
       self._writer.add_scalar(name, value, step)
 
+  def histogram(self, step: int, name: str, densities: dict[str, Any]) -> None:
+    edges = densities['log10_edges']
+    counts = np.array(densities['features'])
+    middles = (np.array(edges[:-1]) + edges[1:]) / 2
+    self._writer.add_histogram_raw(
+      name,
+      min=edges[0],
+      max=edges[-1],
+      num=int(counts.sum()),
+      sum=float(counts @ middles),
+      sum_squares=float(counts @ middles**2),
+      bucket_limits=edges[1:],
+      bucket_counts=counts.tolist(),
+      global_step=step,
+    )
+
   def sync(self) -> None:
     self._writer.flush()
     if self._local:
@@ -189,6 +249,7 @@ class _Wandb:
       raise UserError(
         "train.writers: 'wandb' is not installed; pip install gsae_jax[wandb]"
       ) from e
+    self._histogram = wandb.Histogram
     # The folder is the run: started again, it goes on in the same one.
     self._run = wandb.init(
       project='gsae_jax',
@@ -200,6 +261,10 @@ class _Wandb:
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     self._run.log(scalars, step=step)
+
+  def histogram(self, step: int, name: str, densities: dict[str, Any]) -> None:
+    bars = densities['features'], densities['log10_edges']
+    self._run.log({name: self._histogram(np_histogram=bars)}, step=step)
 
   def sync(self) -> None:
     """Nothing to do: wandb sends by itself."""

@@ -12,7 +12,7 @@ from gsae_jax.evaluation import figures, page, pareto
 def record(member, architecture, l0, recovered, **changes):
   values = {
     'member': member, 'site': 'mlp_out.0', 'architecture': architecture,
-    'features': 512, 'l1_coefficient': 0.1, 'seed': 0, 'step': 100,
+    'variant': '', 'features': 512, 'l1_coefficient': 0.1, 'seed': 0, 'step': 100,
     'tokens_trained': 51200, 'l0': l0, 'loss_recovered': recovered,
     'ce_clean': 3.4, 'ce_spliced': 3.5, 'ce_zero_ablation': 5.0,
     'kl_clean_spliced': 0.1, 'gamma': 0.99, 'explained_variance': 0.9,
@@ -112,7 +112,7 @@ def rendered(**changes):
     'evaluations': {50: two_arms(0.8, 50), 100: two_arms(0.5)},
     'metrics': [
       {'step': s, 'tokens': s, 'member': m, 'loss': 1 / s, 'l0': 50 / s,
-       'dead_fraction': 0.0}
+       'alive_fraction': 1.0}
       for s in (1, 2, 3) for m in ('g0', 'r0')
     ],
   }  # fmt: skip

@@ -1,13 +1,18 @@
 """A small store of planted sparse codes, for training to be quick and real."""
 
+import jax
 import numpy as np
 import pytest
 import tensorstore as ts
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
 from gsae_jax.activations.writer import StoreWriter
 from gsae_jax.config import MemberConfig, TrainConfig
+from gsae_jax.training.groups import make_groups
+from gsae_jax.training.run import Run
 
 WIDTH, ROWS = 16, 4096
 
@@ -84,8 +89,13 @@ def settings(**changes) -> TrainConfig:
     'normalize': 'mean_squared_norm',
     'loss_scale': 'sum',
     'checkpoint_every': 10,
+    'clip_norm': None,
+    'precision': 'float32',
+    'members': 'auto',
     'checkpoints_kept': None,
+    'checkpoints_kept_every': None,
     'log_every': 1,
+    'histogram_every': 10,
     'writers': (),
   }
   return TrainConfig(**values | changes)
@@ -99,3 +109,42 @@ def member(name='a', **changes) -> MemberConfig:
     'l1': 0.1,
   }
   return MemberConfig(name=name, **values | changes)
+
+
+def mesh_of(sae=1, data=1, model=1):
+  """A mesh over the first devices."""
+  devices = jax.devices()[: sae * data * model]
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh(
+    (sae, data, model),
+    ('sae', 'data', 'model'),
+    axis_types=auto,
+    devices=devices,
+  )
+
+
+def start(store, members, train, *, mesh=None, seed=0, baseline=None):
+  """The members of a run, at step 0."""
+  mesh = mesh or mesh_of()
+  run = Run(make_groups(members, train, store, mesh, seed), store)
+  run.start(baseline)
+  return run
+
+
+def states(run):
+  """Everything that training carries, by member."""
+  return {k: v for g in run.groups for k, v in g.states().items()}
+
+
+def run_steps(store, members, train, *, mesh=None, seed=0, **kwargs):
+  """Trains in memory; returns losses and states by member, and the run."""
+  mesh = mesh or mesh_of()
+  run = start(store, members, train, mesh=mesh, seed=seed, **kwargs)
+  loader = open_loader(store, members, train, seed=seed)
+  batches = loader.batches(NamedSharding(mesh, P('data')), start=0)
+  losses = {m.name: [] for m in members}
+  for _ in range(train.steps):
+    for names, metrics in run.step(next(batches)).items():
+      for name, loss in zip(names, np.atleast_1d(metrics['loss']), strict=True):
+        losses[name].append(float(loss))
+  return losses, states(run), run

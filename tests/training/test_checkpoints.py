@@ -8,12 +8,15 @@ import pytest
 
 from gsae_jax.errors import Preempted, UserError
 from gsae_jax.mesh import make_mesh
-from gsae_jax.sae import ARCHITECTURES
+from gsae_jax.restore import load
+from gsae_jax.sae import ARCHITECTURES, VARIANTS, make_module
 from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
-from gsae_jax.training.members import build_members
+from gsae_jax.training.groups import make_groups
+from gsae_jax.training.run import Run
 from gsae_jax.training.state import fold_scale
-from tests.training.conftest import member, open_loader, settings
+from tests.commands import metrics_of
+from tests.training.conftest import member, open_loader, settings, states
 
 
 def train(
@@ -27,20 +30,20 @@ def train(
     # The loop asks before each step; count from where it started.
     if start[0] is None:
       start[0] = next(asked)
-      steps = Checkpoints(str(workdir), kept=None).steps()
+      steps = Checkpoints(str(workdir)).steps()
       start[0] = steps[-1] if steps else 0
     else:
       start[0] += 1
     return stop_at is not None and start[0] >= stop_at
 
   metadata = {
-    'schema': 1,
+    'schema': 2,
     'config': {'seed': 0, 'train': {'batch_size': train.batch_size}},
     'identity': {'seed': 0},
     'store': store.content_hash,
     'store_identity': store.identity,
   }
-  finished = loop.train(
+  outcome = loop.train(
     store,
     open_loader(store, members, train),
     members,
@@ -51,21 +54,16 @@ def train(
     metadata=metadata | (meta or {}),
     preempted=preempted,
   )
-  assert finished == (stop_at is None)
-  text = (workdir / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
+  assert outcome.finished == (stop_at is None)
+  return metrics_of(workdir)
 
 
 def params_at(workdir, step, store, members, mesh):
   """Everything a checkpoint holds, as host arrays by path."""
-  built = build_members(members, settings(), store, mesh, 0)
-  with Checkpoints(str(workdir), kept=None, read_only=True) as saved:
-    key = jax.random.key_data(jax.random.key(0))
-    loop._restore(saved, step, built, mesh, key)
-  return {
-    m.config.name: jax.tree.map(np.asarray, jax.device_get(m.state))
-    for m in built
-  }
+  run = Run(make_groups(members, settings(), store, mesh, 0), store)
+  with Checkpoints(str(workdir), read_only=True) as saved:
+    run.restore(saved, step)
+  return jax.tree.map(np.asarray, jax.device_get(states(run)))
 
 
 MEMBERS = (
@@ -91,7 +89,7 @@ def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
   # The signal comes while the batch of a step that was just saved is made.
   whole = train(store, tmp_path / 'whole', MEMBERS, settings())
   settings_, meta = settings(), {
-    'schema': 1,
+    'schema': 2,
     'config': {'seed': 0, 'train': {'batch_size': settings().batch_size}},
     'identity': {'seed': 0},
     'store': store.content_hash,
@@ -100,17 +98,19 @@ def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
   inner = open_loader(store, MEMBERS, settings_)
 
   class Left:
+    bytes_read = 0
+
     def batches(self, sharding, *, start):
       for i, batch in enumerate(inner.batches(sharding, start=start)):
         if start + i == 10:
           raise Preempted
         yield batch
 
-  finished = loop.train(
+  outcome = loop.train(
     store, Left(), MEMBERS, settings_, mesh=make_mesh(1, -1), seed=0,
     workdir=str(tmp_path / 'cut'), metadata=meta, preempted=lambda: False,
   )  # fmt: skip
-  assert not finished
+  assert not outcome.finished
   assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole
 
 
@@ -139,8 +139,9 @@ def test_resumes_on_another_mesh(store, tmp_path):
     store, tmp_path / 'cut', MEMBERS, settings(), mesh=make_mesh(*meshes[1])
   )
   for got, want in zip(resumed, whole, strict=True):
-    assert got['step'] == want['step']
-    np.testing.assert_allclose(got['loss'], want['loss'], rtol=1e-5)
+    assert got.keys() == want.keys() and got['step'] == want['step']
+    for name in got.keys() & {'loss', 'l0', 'gamma'}:
+      np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
 
 
 def test_saved_parameters_are_those_of_that_step(store, tmp_path):
@@ -155,7 +156,7 @@ def test_saved_parameters_are_those_of_that_step(store, tmp_path):
 
 def test_names_schema_and_steps_on_disk(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(checkpoints_kept=2))
-  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+  with Checkpoints(str(tmp_path), read_only=True) as saved:
     assert saved.steps() == [20, 30]
     metadata = saved.metadata(30)
   assert [m['name'] for m in metadata['members']] == ['g', 'r']
@@ -168,7 +169,7 @@ def test_names_schema_and_steps_on_disk(store, tmp_path):
 def test_saved_weights_take_raw_activations(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(steps=60))
   shapes = {'W_enc': [16, 96], 'b_enc': [96], 'W_dec': [96, 16], 'b_dec': [16]}
-  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+  with Checkpoints(str(tmp_path), read_only=True) as saved:
     p = saved.restore_params(60, {'r': shapes})['r']
   x = store.array('mlp_out.0/activations')[:].read().result()
   f = np.maximum((x - p['b_dec']) @ p['W_enc'] + p['b_enc'], 0)
@@ -180,7 +181,8 @@ def test_saved_weights_take_raw_activations(store, tmp_path):
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 def test_folding_the_scale_changes_units_and_nothing_else(architecture, rng):
-  module = ARCHITECTURES[architecture](width=16, features=40)
+  about = {'architecture': architecture, 'width': 16, 'features': 40}
+  module = make_module(VARIANTS | about)
   x = rng.normal(size=(50, 16)).astype(np.float32)
   params = module.init(jax.random.key(0), x)['params']
   noise = {k: rng.normal(size=v.shape) for k, v in params.items()}
@@ -205,22 +207,62 @@ def test_another_config_or_store_is_refused(store, tmp_path):
 
 
 def test_unknown_schema_is_refused(store, tmp_path):
-  train(store, tmp_path, MEMBERS, settings(), meta={'schema': 2})
-  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
-    with pytest.raises(UserError, match='has schema 2, and this version reads'):
+  train(store, tmp_path, MEMBERS, settings(), meta={'schema': 3})
+  with Checkpoints(str(tmp_path), read_only=True) as saved:
+    with pytest.raises(UserError, match='has schema 3, and this version reads'):
       saved.metadata(30)
 
 
 def test_object_storage_that_orbax_cannot_write_is_refused():
   with pytest.raises(UserError, match='checkpoints cannot be on s3://'):
-    Checkpoints('s3://bucket/run', kept=None)
+    Checkpoints('s3://bucket/run')
 
 
-def test_a_diverged_state_is_never_saved(store, tmp_path):
+def test_a_member_that_diverges_is_stopped_and_the_others_go_on(
+  store, tmp_path
+):
+  wild = member('w', learning_rate=1e30)
+  s = settings(checkpoint_every=5, checkpoints_kept=1, log_every=15)
+  lines = train(store, tmp_path / 'run', (wild, *MEMBERS), s)
+  (event,) = [e for e in lines if 'stopped' in e]
+  # Its weights are looked at before they are saved; the last sound ones stay.
+  assert event == {
+    'step': 5, 'tokens': 640, 'member': 'w', 'last_checkpoint': 0,
+    'stopped': 'its weights are not all finite',
+  }  # fmt: skip
+  assert not any(e['member'] == 'w' for e in lines if e['step'] > 5)
+  alone = train(store, tmp_path / 'alone', MEMBERS, s)
+  assert [e for e in lines if e['member'] != 'w'] == alone
+  with Checkpoints(str(tmp_path / 'run'), read_only=True) as saved:
+    assert saved.steps() == [0, 30]
+    metadata = saved.metadata(30)
+  assert [m['name'] for m in metadata['members']] == ['g', 'r']
+  assert metadata['stopped']['w']['last_checkpoint'] == 0
+  with pytest.raises(
+    UserError, match="'w' was stopped at step 5 .*load step=0"
+  ):
+    load(str(tmp_path / 'run'), member='w')
+  assert load(str(tmp_path / 'run'), member='w', step=0).config['name'] == 'w'
+
+
+def test_a_run_without_a_member_goes_on_without_it(store, tmp_path):
+  members = (member('w', learning_rate=1e30), *MEMBERS)
+  for stack in ('looped', 'stacked'):
+    s = settings(checkpoint_every=5, log_every=2, members=stack)
+    whole = train(store, tmp_path / f'{stack}1', members, s)
+    train(store, tmp_path / f'{stack}2', members, s, stop_at=17)
+    assert train(store, tmp_path / f'{stack}2', members, s) == whole
+    (event,) = [e for e in whole if 'stopped' in e]
+    assert event['stopped'] == 'its loss is nan' and event['step'] == 2
+
+
+def test_when_every_member_diverges_the_run_fails(store, tmp_path):
   wild = settings(learning_rate=1e30, checkpoint_every=5, log_every=15)
-  with pytest.raises(UserError, match="'g' diverged: .* another --workdir"):
+  with pytest.raises(
+    UserError, match="'r' diverged at step 5: .*checkpoint is of step 0; no mem"
+  ):
     train(store, tmp_path, MEMBERS, wild)
-  with Checkpoints(str(tmp_path), kept=None, read_only=True) as saved:
+  with Checkpoints(str(tmp_path), read_only=True) as saved:
     assert saved.steps() == [0]
 
 
@@ -237,13 +279,13 @@ def test_a_damaged_checkpoint_is_named(store, tmp_path):
 
 def test_sizes_that_the_mesh_does_not_divide(store):
   with pytest.raises(UserError, match='66 features, not divisible by mesh.mod'):
-    build_members((member(features=66),), settings(), store, make_mesh(1, 4), 0)
+    make_groups((member(features=66),), settings(), store, make_mesh(1, 4), 0)
   with pytest.raises(UserError, match='130 is not divisible by mesh.data, 4'):
-    build_members(
+    make_groups(
       (member(),), settings(batch_size=130), store, make_mesh(4, 1), 0
     )
   with pytest.raises(UserError, match="trains on 'mlp_out.9'"):
-    build_members(
+    make_groups(
       (member(site='mlp_out.9'),), settings(), store, make_mesh(4, 1), 0
     )
   with pytest.raises(UserError, match='data=3 x model=1 does not cover 4'):

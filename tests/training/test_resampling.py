@@ -5,11 +5,9 @@ import shutil
 import jax
 import numpy as np
 
-from gsae_jax.mesh import make_mesh
 from gsae_jax.training import resampling
 from gsae_jax.training.checkpoints import Checkpoints
-from gsae_jax.training.members import build_members
-from tests.training.conftest import member, settings
+from tests.training.conftest import member, settings, start, states
 from tests.training.test_checkpoints import train
 
 
@@ -27,15 +25,16 @@ def test_draws_have_odds_of_the_loss_squared():
 def test_dead_features_start_anew_and_the_others_do_not_move(store, rng):
   for architecture, encoder in (('gated', 'W_gate'), ('relu', 'W_enc')):
     one = member(architecture=architecture)
-    (m,) = build_members((one,), settings(), store, make_mesh(1, -1), 0)
-    ones = jax.tree.map(np.ones_like, m.state.opt_state.nu)
-    params = {k: np.asarray(v) + 0.1 for k, v in m.state.params.items()}
-    state = m.state._replace(
-      params=params, opt_state=m.state.opt_state._replace(nu=ones)
+    run = start(store, (one,), settings())
+    fresh = states(run)['a']
+    ones = jax.tree.map(np.ones_like, fresh.opt_state.nu)
+    params = {k: np.asarray(v) + 0.1 for k, v in fresh.params.items()}
+    state = fresh._replace(
+      params=params, opt_state=fresh.opt_state._replace(nu=ones)
     )
     dead = np.arange(64) % 3 == 0
     drawn = rng.normal(size=(64, 16)).astype(np.float32)
-    new = resampling.resample(state, dead, drawn, encoder=encoder)
+    new = resampling.resample(state, dead, drawn, module=run.groups[0].module)
     direction = drawn - params['b_dec']
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     np.testing.assert_allclose(
@@ -94,7 +93,7 @@ def test_a_resumed_run_resamples_alike(store, tmp_path):
   shapes = {'W_dec': [64, 16], 'W_gate': [16, 64]}
   saved = []
   for name in ('whole', 'cut'):
-    with Checkpoints(str(tmp_path / name), kept=None, read_only=True) as c:
+    with Checkpoints(str(tmp_path / name), read_only=True) as c:
       saved.append(c.restore_params(40, {'a': shapes})['a'])
   for name in shapes:
     np.testing.assert_array_equal(saved[0][name], saved[1][name])

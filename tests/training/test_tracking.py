@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gsae_jax.errors import UserError
+from gsae_jax.training import density
 from gsae_jax.training.records import read_metrics
 from gsae_jax.training.tracking import Tracker, _Lines
 
@@ -30,21 +31,37 @@ def test_scalars_reach_the_file_and_tensorboard(tmp_path):
   with Tracker(
     str(tmp_path), resumed_at=0, writers=('tensorboard',), config={}
   ) as tracker:
-    assert tracker.write(1, 128, {'a': {'loss': np.float32(0.5)}}) == {}
+    one = {('a',): {'loss': np.float32(0.5)}}
+    assert tracker.write(1, 128, one, {'tokens_per_second': 9.0}) == {}
     # One call late, so that no step is waited for.
     assert (tmp_path / 'metrics.jsonl').read_text() == ''
-    values = tracker.write(2, 256, {'a': {'loss': np.float32(0.25)}})
-    assert values == {'a': {'loss': 0.5}}
+    # Of a stack, the members are in front.
+    two = {('a', 'b'): {'loss': np.array([0.25, 2.0], np.float32)}}
+    values = tracker.write(2, 256, two, {})
+    assert values == {'a': {'loss': 0.5, 'step': 1}}
+    values = tracker.flush()
+    assert values == {
+      'a': {'loss': 0.25, 'step': 2}, 'b': {'loss': 2.0, 'step': 2}
+    }  # fmt: skip
+    assert tracker.flush() == {}
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line) for line in lines] == [
     {'step': 1, 'tokens': 128, 'member': 'a', 'loss': 0.5},
+    {'step': 1, 'tokens': 128, 'member': None, 'tokens_per_second': 9.0},
     {'step': 2, 'tokens': 256, 'member': 'a', 'loss': 0.25},
+    {'step': 2, 'tokens': 256, 'member': 'b', 'loss': 2.0},
+    {'step': 2, 'tokens': 256, 'member': None},
   ]
   assert {
     (value.tag, event.step): value.simple_value
     for event in events(tmp_path / 'tensorboard')
     for value in event.summary.value
-  } == {('a/loss', 1): 0.5, ('a/loss', 2): 0.25}
+  } == {
+    ('a/loss', 1): 0.5,
+    ('run/tokens_per_second', 1): 9.0,
+    ('a/loss', 2): 0.25,
+    ('b/loss', 2): 2.0,
+  }
 
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
@@ -56,12 +73,43 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
   assert [e.step for e in written if e.HasField('session_log')] == [6]
 
 
-def test_a_diverged_member_is_named(tmp_path):
-  with pytest.raises(
-    UserError, match="'b' diverged: its loss is nan at step 7"
-  ):
-    with Tracker(str(tmp_path), resumed_at=0, writers=(), config={}) as tracker:
-      tracker.write(7, 0, {'a': {'loss': 1.0}, 'b': {'loss': float('nan')}})
+def test_what_is_not_a_number_is_told_and_not_written(tmp_path):
+  nan = float('nan')
+  with Tracker(str(tmp_path), resumed_at=0, writers=(), config={}) as tracker:
+    metrics = {
+      ('a', 'b'): {'loss': np.array([1.0, nan]), 'gamma': np.array([nan, 1.0])}
+    }
+    tracker.write(7, 70, metrics, {})
+    assert np.isnan(tracker.flush()['b']['loss'])
+    tracker.stop({'step': 7, 'member': 'b', 'stopped': 'why'})
+    tracker.write(8, 80, metrics, {})
+    assert tracker.flush().keys() == {'a'}
+  kept = [r for r in read_metrics(tmp_path / 'metrics.jsonl') if r['member']]
+  assert kept == [
+    {'step': 7, 'tokens': 70, 'member': 'a', 'loss': 1.0, 'gamma': None},
+    {'step': 7, 'member': 'b', 'stopped': 'why'},
+    {'step': 8, 'tokens': 80, 'member': 'a', 'loss': 1.0, 'gamma': None},
+  ]
+
+
+def test_densities_reach_the_file_and_tensorboard(tmp_path):
+  fired = np.array([0, 0, 1, 10, 31, 32, 100])
+  densities = density.histogram(fired, 100)
+  with Tracker(
+    str(tmp_path), resumed_at=0, writers=('tensorboard',), config={}
+  ) as tracker:
+    tracker.histogram({'step': 4, 'tokens': 9, 'member': 'a'}, densities)
+  (record,) = read_metrics(tmp_path / 'metrics.jsonl')
+  found = record.pop('density')
+  assert record == {'step': 4, 'tokens': 9, 'member': 'a'}
+  assert found['rows'] == 100 and found['never'] == 2
+  bins = dict(zip(found['log10_edges'], found['features'], strict=False))
+  # 31 of 100 is below 10^-0.5, 32 is above; everything is in the last bin.
+  assert {k: v for k, v in bins.items() if v} == {-2: 1, -1: 2, -0.5: 2}
+  (event,) = [e for e in events(tmp_path / 'tensorboard') if e.step == 4]
+  (value,) = event.summary.value
+  assert value.tag == 'a/log10_density'
+  assert sum(value.histo.bucket) == 5 and value.histo.num == 5
 
 
 def test_a_bad_line_is_an_error_unless_it_is_the_torn_last_one(tmp_path):
@@ -100,6 +148,7 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     finish=lambda: calls.append('finish'),
   )
   fake = types.ModuleType('wandb')
+  fake.Histogram = dict
   fake.init = lambda **k: (
     calls.append((k['name'], k['config'])) or (ids.append(k['id']) or run)
   )
@@ -107,8 +156,13 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
   with Tracker(
     str(tmp_path / 'run7'), resumed_at=0, writers=('wandb',), config={'seed': 1}
   ) as tracker:
-    tracker.write(3, 0, {'a': {'loss': 0.5}})
-  assert calls == [('run7', {'seed': 1}), (3, {'a/loss': 0.5}), 'finish']
+    tracker.write(3, 0, {('a',): {'loss': 0.5}}, {'tokens_per_second': 7.0})
+  assert calls == [
+    ('run7', {'seed': 1}),
+    (3, {'a/loss': 0.5}),
+    (3, {'run/tokens_per_second': 7.0}),
+    'finish',
+  ]
   for folder in ('run7', 'other/run7'):  # Only the same folder is the same run.
     with Tracker(
       str(tmp_path / folder), resumed_at=0, writers=('wandb',), config={}

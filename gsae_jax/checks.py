@@ -1,0 +1,35 @@
+"""What a field of a config may be; each raises a UserError that names it."""
+
+import math
+from typing import Any
+
+from gsae_jax.errors import UserError
+
+
+def choice(field: str, value: Any, allowed: tuple) -> None:
+  """It is one of `allowed`."""
+  if value not in allowed:
+    options = ', '.join(map(repr, allowed))
+    raise UserError(f'config field {field}: {value!r} is not one of {options}')
+
+
+def positive(field: str, value: float) -> None:
+  at_least(field, value, 0)
+  if not value:
+    raise UserError(f'config field {field} must be more than 0')
+
+
+def at_least(field: str, value: float, least: float) -> None:
+  if not math.isfinite(value):
+    raise UserError(f'config field {field}: {value!r} is not a number')
+  if value < least:
+    raise UserError(
+      f'config field {field}: {value!r} is too small; the least is {least}'
+    )
+
+
+def multiple(field: str, value: int, of: str, unit: int) -> None:
+  if value % unit:
+    raise UserError(
+      f'config field {field}: {value} is not a multiple of {of}, {unit}'
+    )

@@ -1,0 +1,263 @@
+"""Groups of SAEs that one program trains, with the arrays that they train."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gsae_jax.activations.store import Store, check_site
+from gsae_jax.config import MemberConfig, TrainConfig
+from gsae_jax.errors import UserError
+from gsae_jax.training import state as state_lib
+from gsae_jax.training.members import Member, make_member, make_recipe
+from gsae_jax.training.state import MemberState
+from gsae_jax.training.step import Recipe, train_step
+
+# D * F * B below which a device is kept busy better by several SAEs at once:
+# launching kernels costs as much as running them (measured on an H200).
+_WORTH_STACKING = 1e11
+
+Baseline = Callable[[MemberConfig], dict[str, np.ndarray]]
+
+
+class Group:
+  """Members of equal shape that one program trains: one alone, or a stack.
+
+  Attributes:
+    members: of the group.
+    module: theirs.
+    state: `MemberState`; of a stack, every leaf has the members in front.
+  """
+
+  def __init__(
+    self, members: tuple[Member, ...], program, mesh: Mesh, *, stacked: bool
+  ):
+    """Takes the members; `put` gives them their states."""
+    self.members = members
+    self.module = members[0].module
+    self.names = tuple(m.name for m in members)
+    self.state = None
+    self._stacked = stacked
+    self._program = program
+    self._mesh = mesh
+    self._sites = tuple(dict.fromkeys(m.config.site for m in members))
+    hypers = [m.hyper for m in members]
+    layout = P('sae') if stacked else P()
+    self._hyper = jax.device_put(
+      jax.tree.map(lambda *v: np.stack(v), *hypers) if stacked else hypers[0],
+      NamedSharding(mesh, layout),
+    )
+    which = tuple(self._sites.index(m.config.site) for m in members)
+    self._which = which if len(self._sites) > 1 else None
+    if stacked:
+      shapes = state_lib.member_shapes(self.module)
+      self._stack = jax.jit(
+        lambda states: jax.tree.map(lambda *a: jnp.stack(a), *states),
+        out_shardings=state_lib.shardings(mesh, shapes, layout='stacked'),
+      )
+      self._take = self._taker(lambda state, scale: state, shapes)
+      self._save = self._taker(
+        state_lib.to_checkpoint, state_lib.checkpoint_shapes(self.module)
+      )
+
+  def _taker(self, fn: Callable[[MemberState, jax.Array], Any], shapes: Any):
+    """Compiles `fn` of one member of the stack."""
+    return jax.jit(
+      lambda state, i, scale: fn(jax.tree.map(lambda a: a[i], state), scale),
+      out_shardings=self._shardings(shapes),
+    )
+
+  def _shardings(self, shapes: Any) -> Any:
+    """Where something of one member is, outside the stack."""
+    layout = 'gathered' if self._stacked else 'alone'
+    return state_lib.shardings(self._mesh, shapes, layout=layout)
+
+  def step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Trains on a batch; returns metrics, of a stack with members in front."""
+    x = tuple(batch[site] for site in self._sites)
+    self.state, metrics = self._program(
+      self.state, x, self._hyper, which=self._which
+    )
+    return metrics
+
+  def put(self, states: dict[str, MemberState]) -> None:
+    """Takes over the states of all members."""
+    parts = [states[name] for name in self.names]
+    self.state = self._stack(parts) if self._stacked else parts[0]
+
+  def _each(self, take: Callable[..., Any]) -> dict[str, Any]:
+    return {
+      m.name: take(self.state, np.int32(i), m.hyper.scale)
+      for i, m in enumerate(self.members)
+    }
+
+  def states(self) -> dict[str, MemberState]:
+    """Each member's own; of a member alone, not a copy."""
+    if not self._stacked:
+      return {self.names[0]: self.state}
+    return self._each(self._take)
+
+  def to_checkpoint(self) -> dict[str, dict[str, Any]]:
+    """What is saved of each member."""
+    if not self._stacked:
+      scale = self.members[0].hyper.scale
+      return {self.names[0]: state_lib.to_checkpoint(self.state, scale)}
+    return self._each(self._save)
+
+  def saved_shapes(self) -> dict[str, Any]:
+    """Shapes of what is saved of a member, and where `put` takes it from."""
+    shapes = state_lib.checkpoint_shapes(self.module)
+    return state_lib.place(shapes, self._shardings(shapes))
+
+  def fresh(self, member: Member, baseline: Baseline) -> MemberState:
+    """A member's state at step 0, born sharded; the same on any mesh."""
+    state = _initializer(self.module, self._mesh, self._stacked)(
+      state_lib.key_data(member.seed)
+    )
+    if member.config.baseline is None:
+      return state
+    raw = self.module.start(baseline(member.config))
+    params = state_lib.fold_scale(raw, 1 / member.hyper.scale)
+    return state._replace(
+      params=jax.device_put(params, self._shardings(params))
+    )
+
+  def finite(self) -> dict[str, bool]:
+    """Whether all weights of each member are numbers."""
+    fine = jax.device_get(_finite(self.state.params, self._stacked))
+    return dict(zip(self.names, np.atleast_1d(fine).tolist(), strict=True))
+
+  def fired_counts(self) -> dict[str, np.ndarray]:
+    """Rows that each feature of each member fired on, `[F]` int32."""
+    counts = jax.device_get(copier(self._mesh)(self.state.fired_counts))
+    counts_SF = counts if self._stacked else counts[None]
+    return dict(zip(self.names, counts_SF, strict=True))
+
+
+@functools.lru_cache(None)
+def _initializer(module: nn.Module, mesh: Mesh, stacked: bool):
+  placed = state_lib.shardings(
+    mesh,
+    state_lib.member_shapes(module),
+    layout='gathered' if stacked else 'alone',
+  )
+  init = functools.partial(state_lib.init_member, module)
+  return jax.jit(init, out_shardings=placed)
+
+
+@functools.lru_cache(None)
+def copier(mesh: Mesh) -> Callable[[Any], Any]:
+  """Gives every process the whole of each array."""
+  return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, P()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(params: dict[str, jax.Array], stacked: bool) -> jax.Array:
+  each = lambda p: jnp.array([jnp.all(jnp.isfinite(v)) for v in p.values()])
+  return jnp.all((jax.vmap(each) if stacked else each)(params), -1)
+
+
+def is_stacked(settings: TrainConfig, module: nn.Module, mesh: Mesh) -> bool:
+  """Whether members of this shape are trained as a stack.
+
+  On CPU that loses, to its caches; on an accelerator it gains as long as one
+  member does not keep it busy.
+  """
+  if settings.members != 'auto':
+    return settings.members == 'stacked'
+  if mesh.shape['sae'] > 1:
+    return True
+  work = module.width * module.features * settings.batch_size
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return not on_cpu and work < _WORTH_STACKING
+
+
+def make_groups(
+  configs: tuple[MemberConfig, ...],
+  settings: TrainConfig,
+  store: Store,
+  mesh: Mesh,
+  seed: int,
+) -> list[Group]:
+  """The run's members, grouped, without states.
+
+  Raises:
+    UserError: the store lacks a site, or the mesh does not divide a size.
+  """
+  by_module: dict[nn.Module, list[Member]] = {}
+  for config in configs:
+    check_site(store, config.site, config.name)
+    member = make_member(config, settings, store.sites[config.site], seed)
+    by_module.setdefault(member.module, []).append(member)
+  _check_sizes(by_module, settings, mesh)
+  recipe = make_recipe(settings)
+  groups = []
+  for module, members in by_module.items():
+    stacked = is_stacked(settings, module, mesh)
+    program = compile_step(module, recipe, mesh, stacked=stacked)
+    parts = [tuple(members)] if stacked else [(m,) for m in members]
+    groups += [Group(part, program, mesh, stacked=stacked) for part in parts]
+  return groups
+
+
+def _check_sizes(by_module, settings, mesh) -> None:
+  sae, data, model = (mesh.shape[k] for k in ('sae', 'data', 'model'))
+  if settings.batch_size % data:
+    raise UserError(
+      f'train.batch_size: {settings.batch_size} is not divisible by mesh.data, '
+      f'{data}'
+    )
+  for module, members in by_module.items():
+    first = members[0]
+    if module.features % model:
+      raise UserError(
+        f'saes: member {first.name!r} has {module.features} features, not '
+        f'divisible by mesh.model, {model}'
+      )
+    if len(members) % sae:
+      raise UserError(
+        f'saes: there are {len(members)} members of the shape of '
+        f'{first.name!r}, not divisible by mesh.sae, {sae}'
+      )
+
+
+def compile_step(
+  module: nn.Module, recipe: Recipe, mesh: Mesh, *, stacked: bool
+) -> Callable[..., Any]:
+  """`train_step` under jit: donated, its outputs where its inputs were.
+
+  Returns:
+    a function of state, a tuple of batches `[B, D]` and hyperparameters. Of a
+    stack, each has the members in front, and `which` says whose batch is which;
+    None is that all have the first.
+  """
+  step = functools.partial(train_step, module=module, recipe=recipe)
+
+  def program(state, x, hyper, *, which):
+    if not stacked:
+      return step(state, x[0], hyper)
+    if which is None:
+      return jax.vmap(step, in_axes=(0, None, 0))(state, x[0], hyper)
+    spread = NamedSharding(mesh, P('sae', 'data', None))
+    x_SBD = jnp.stack([x[i] for i in which])
+    x_SBD = jax.lax.with_sharding_constraint(x_SBD, spread)
+    return jax.vmap(step)(state, x_SBD, hyper)
+
+  placed = state_lib.shardings(
+    mesh,
+    state_lib.member_shapes(module),
+    layout='stacked' if stacked else 'alone',
+  )
+  return jax.jit(
+    program,
+    donate_argnums=0,
+    static_argnames='which',
+    # Metrics stay where they were made: few are ever looked at.
+    out_shardings=(placed, NamedSharding(mesh, P('sae') if stacked else P())),
+  )
