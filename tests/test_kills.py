@@ -1,4 +1,4 @@
-"""Harvest is killed fifty times, and the store is as if it never had been."""
+"""Harvest and train are killed many times, and all is as if they never were."""
 
 import os
 import signal
@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.commands import files, run, start
+import gsae_jax
+from tests.commands import files, metrics_of, run, start, wait_for
 from tests.test_processes import start_both
 
 CONFIG = 'experiments/quickstart.py'
@@ -77,3 +78,53 @@ def test_a_harvest_killed_fifty_times_is_as_if_never_killed(tmp_path):
   run('harvest', *flags, config=CONFIG)
   assert files(store) == files(whole)
   assert '0 bad files' in run('store', 'verify', str(store))
+
+
+TRAIN = (
+  '--config.train.steps=5000',
+  '--config.train.checkpoint_every=50',
+  '--config.train.checkpoints_kept=3',
+  '--config.train.log_every=10',
+  '--config.train.histogram_every=100',
+  '--config.train.resample_steps=(1000,)',
+  '--config.train.dead_after=100',
+  '--config.train.resample_rows=256',
+  '--config.loader.source=memory',
+)
+TRAIN_KILLS = 20
+
+
+@pytest.mark.slow
+def test_a_training_killed_twenty_times_is_as_if_never_killed(smoke, tmp_path):
+  store, *_ = smoke
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  run('train', f'--store={store}', f'--workdir={whole}', *TRAIN)
+  folder = killed / 'checkpoints'
+  names = lambda: set(os.listdir(folder)) if folder.exists() else set()
+  finished = lambda: max((int(n) for n in names() if n.isdigit()), default=-1)
+  saving = lambda: any('tmp' in n for n in names())
+  rng = np.random.default_rng(0)
+  in_saves = 0
+  for kill in range(TRAIN_KILLS):
+    before = finished()
+    process = start('train', f'--store={store}', f'--workdir={killed}', *TRAIN)
+    wait_for(lambda before=before: finished() > before, process)
+    if (
+      kill % 2
+    ):  # At any moment behind a checkpoint; else while one is written.
+      time.sleep(rng.uniform(0, 0.5))
+    else:
+      wait_for(saving, process)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    in_saves += saving()
+  print(f'{TRAIN_KILLS} kills, {in_saves} while a checkpoint was written')
+  assert in_saves >= 5 and finished() < 5000
+  run('train', f'--store={store}', f'--workdir={killed}', *TRAIN)
+  assert metrics_of(killed) == metrics_of(whole)
+  for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
+    a, b = (gsae_jax.load(str(w), member=name) for w in (killed, whole))
+    assert a.metadata['step'] == b.metadata['step'] == 5000
+    for k, v in b.params.items():
+      np.testing.assert_array_equal(a.params[k], v)

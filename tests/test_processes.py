@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 
+import gsae_jax
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
-from tests.commands import files, refuse, start
+from tests.commands import files, metrics_of, refuse, run, start, wait_for
 from tests.conftest import ROOT
 
 
@@ -23,12 +24,12 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start_both(*flags, own=((), ()), **kwargs):
-  """Starts harvest in two processes; `own` are flags of each."""
+def start_both(*flags, program='harvest', own=((), ()), **kwargs):
+  """Starts a command in two processes; `own` are flags of each."""
   place = f'--coordinator=127.0.0.1:{free_port()}'
   return [
     start(
-      'harvest', *flags, place, '--processes=2', f'--process={i}', *own[i],
+      program, *flags, place, '--processes=2', f'--process={i}', *own[i],
       devices=2,
       **kwargs,
     )
@@ -113,6 +114,110 @@ def test_flags_that_do_not_fit(tmp_path):
     'harvest', flag, '--coordinator=127.0.0.1:1', '--processes=2',
     '--process=2', match='--process=0 to N-1',
   )  # fmt: skip
+
+
+# The paper's learning rate: what rounding does to a step is in proportion to it.
+TRAIN = (
+  '--config.train.steps=60', '--config.train.checkpoint_every=20',
+  '--config.train.log_every=5', '--config.train.learning_rate=3e-4',
+)  # fmt: skip
+RESAMPLE = (
+  '--config.train.dead_after=4', '--config.train.resample_steps=(30,)',
+  '--config.train.resample_rows=256', '--config.train.learning_rate=0.02',
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def alone(smoke, tmp_path_factory):
+  """What one process with four devices trains."""
+  workdir = tmp_path_factory.mktemp('alone')
+  flags = (f'--store={smoke[0]}', f'--workdir={workdir}', *TRAIN)
+  run('train', *flags, devices=4)
+  return workdir
+
+
+def equal_runs(ours, theirs, tolerance):
+  """Parameters at the end, and what was logged of them."""
+  for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
+    a, b = (gsae_jax.load(str(w), member=name) for w in (ours, theirs))
+    assert a.metadata['step'] == b.metadata['step'] == 60
+    for k, v in b.params.items():
+      np.testing.assert_allclose(a.params[k], v, atol=tolerance)
+  a, b = metrics_of(ours), metrics_of(theirs)
+  key = lambda r: (r['step'], r['member'], 'resampled' in r, 'density' in r)
+  assert [*map(key, a)] == [*map(key, b)]
+  for x, y in zip(a, b, strict=True):
+    for name in ('resampled', 'l0', 'loss'):
+      if name in y:
+        np.testing.assert_allclose(x[name], y[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', [(4, 1), (1, 4)])
+def test_two_processes_train_what_one_does(smoke, alone, tmp_path, mesh):
+  data, model = (f'--config.mesh.{k}={n}' for k, n in zip(
+    ('data', 'model'), mesh, strict=True
+  ))  # fmt: skip
+  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN, data, model)
+  codes, outputs = finish(start_both(*flags, program='train'))
+  assert codes == [0, 0], outputs
+  assert 'step 60 of 60, 4 SAEs' in outputs[0][0]
+  assert '4 SAEs' not in outputs[1][0]
+  equal_runs(tmp_path, alone, 1e-6)
+
+
+def test_two_processes_resample_what_one_does(smoke, tmp_path):
+  flags = (f'--store={smoke[0]}', *TRAIN, *RESAMPLE)
+  run('train', f'--workdir={tmp_path}/one', *flags, devices=4)
+  codes, outputs = finish(
+    start_both(
+      f'--workdir={tmp_path}/two', '--config.mesh.data=2',
+      '--config.mesh.model=2', *flags, program='train',
+    )
+  )  # fmt: skip
+  assert codes == [0, 0], outputs
+  assert any(r.get('resampled') for r in metrics_of(tmp_path / 'two'))
+  equal_runs(tmp_path / 'two', tmp_path / 'one', 1e-4)
+
+
+def test_training_moves_between_numbers_of_processes(smoke, alone, tmp_path):
+  # A signal to one of two stops both, at the same step; one process goes on,
+  # and two end it.
+  store, *_ = smoke
+  flags = (f'--store={store}', f'--workdir={tmp_path}', *TRAIN)
+  metrics = tmp_path / 'metrics.jsonl'
+  both = start_both(*flags, program='train')
+  wait_for(lambda: metrics.exists() and metrics.read_text(), both[0])
+  both[1].send_signal(signal.SIGTERM)
+  codes, outputs = finish(both)
+  assert codes == [42, 42], outputs
+  steps = lambda: {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()}
+  stopped_at = max(steps())
+  assert 0 < stopped_at < 60
+  one = start('train', *flags, devices=2)
+  enough = f'"step": {min(stopped_at + 6, 55) // 5 * 5},'
+  wait_for(lambda: enough in metrics.read_text(), one)
+  one.send_signal(signal.SIGTERM)
+  assert one.wait(timeout=300) == 42
+  one.communicate()
+  assert 60 > max(steps()) > stopped_at
+  codes, outputs = finish(start_both(*flags, program='train'))
+  assert codes == [0, 0], outputs
+  equal_runs(tmp_path, alone, 1e-6)
+
+
+def test_a_killed_process_ends_the_training_of_the_other(smoke, tmp_path):
+  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}')
+  long = ('--config.train.steps=20000', '--config.train.checkpoint_every=20')
+  metrics = tmp_path / 'metrics.jsonl'
+  both = start_both(*flags, *long, program='train')
+  wait_for(
+    lambda: metrics.exists() and '"step": 50,' in metrics.read_text(), both[0]
+  )
+  both[1].kill()
+  codes, outputs = finish(both)
+  assert codes == [42, -signal.SIGKILL], outputs
+  assert 'error: another process is gone' in outputs[0][1]
+  assert 'Traceback' not in outputs[0][1]
 
 
 WORKER = """

@@ -1,5 +1,6 @@
 """Checkpoints: exact resume, on other meshes too; and the door."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,14 +14,29 @@ from gsae_jax.sae import ARCHITECTURES, VARIANTS, make_module
 from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.groups import make_groups
+from gsae_jax.training.records import read_metrics
 from gsae_jax.training.run import Run
 from gsae_jax.training.state import fold_scale
 from tests.commands import metrics_of
-from tests.training.conftest import member, open_loader, settings, states
+from tests.training.conftest import (
+  member,
+  mesh_of,
+  open_loader,
+  settings,
+  states,
+)
 
 
 def train(
-  store, workdir, members, train, *, stop_at=None, mesh=None, meta=None
+  store,
+  workdir,
+  members,
+  train,
+  *,
+  stop_at=None,
+  mesh=None,
+  meta=None,
+  **kwargs,
 ):
   """Runs the real loop; returns the lines of metrics.jsonl."""
   asked = iter(range(10**9))
@@ -53,6 +69,7 @@ def train(
     workdir=str(workdir),
     metadata=metadata | (meta or {}),
     preempted=preempted,
+    **kwargs,
   )
   assert outcome.finished == (stop_at is None)
   return metrics_of(workdir)
@@ -144,6 +161,26 @@ def test_resumes_on_another_mesh(store, tmp_path):
       np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
 
 
+def test_a_run_moved_between_meshes_has_the_weights_of_one_that_stayed(
+  store, tmp_path
+):
+  # At the paper's learning rate: what rounding does to a step is in proportion.
+  s = settings(learning_rate=3e-4, warmup_steps=0, l1_warmup_steps=0, steps=60)
+  one = mesh_of()
+  meshes = one, make_mesh(4, 1), make_mesh(2, 2)
+  train(store, tmp_path / 'stayed', MEMBERS, s, mesh=one)
+  for mesh, stop_at in zip(meshes, (20, 40, None), strict=True):
+    train(store, tmp_path / 'moved', MEMBERS, s, stop_at=stop_at, mesh=mesh)
+  a, b = (
+    params_at(tmp_path / name, 60, store, MEMBERS, one)
+    for name in ('stayed', 'moved')
+  )
+  for name, state in a.items():
+    for k, v in state.params.items():
+      np.testing.assert_allclose(b[name].params[k], v, atol=1e-6, rtol=0)
+      assert np.abs(v).max() > 1e-3
+
+
 def test_saved_parameters_are_those_of_that_step(store, tmp_path):
   # An asynchronous save must not see what the next, donating step wrote.
   train(store, tmp_path / 'all', MEMBERS, settings(checkpoint_every=5))
@@ -204,6 +241,90 @@ def test_another_config_or_store_is_refused(store, tmp_path):
   with pytest.raises(UserError, match='another store'):
     train(store, tmp_path, MEMBERS, settings(), meta={'store': '0' * 64})
   assert before == sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
+
+
+def test_allowed_changes_go_on_and_are_told(store, tmp_path):
+  identity = {'seed': 0, 'train': {'steps': 30, 'clip_norm': None}}
+  run = tmp_path / 'run'
+  train(store, run, MEMBERS, settings(), meta={'identity': identity})
+  longer = {'seed': 0, 'train': {'steps': 40, 'clip_norm': 1.0}}
+  more = settings(steps=40)
+  with pytest.raises(
+    UserError, match='train.clip_norm is None .*config-change=train.clip_norm'
+  ):
+    train(store, run, MEMBERS, more, meta={'identity': longer})
+  with pytest.raises(UserError, match='train.steps is 30 there and 40 here'):
+    train(
+      store, run, MEMBERS, more, meta={'identity': longer},
+      allowed=('train.clip_norm',),
+    )  # fmt: skip
+  with pytest.raises(
+    UserError, match="no field 'train.step'; did you mean 'tr"
+  ):
+    train(
+      store, run, MEMBERS, more, meta={'identity': longer},
+      allowed=('train.step',),
+    )  # fmt: skip
+  for _ in range(2):  # The same command may be given again.
+    lines = train(
+      store, run, MEMBERS, more, meta={'identity': longer}, allowed=('train',)
+    )
+  assert lines[-1]['step'] == 40
+  changes = [
+    r['config_change']
+    for r in read_metrics(run / 'metrics.jsonl')
+    if 'config_change' in r
+  ]
+  assert changes == [
+    'train.clip_norm is None there and 1.0 here',
+    'train.steps is 30 there and 40 here',
+  ]
+  # Now it is the run's own.
+  train(store, run, MEMBERS, more, meta={'identity': longer})
+  with pytest.raises(UserError, match='train.steps: .* is at step 40 already'):
+    train(store, run, MEMBERS, settings(), meta={'identity': longer})
+
+
+def test_a_change_of_shape_cannot_be_allowed(store, tmp_path):
+  train(store, tmp_path, MEMBERS, settings(), stop_at=10)
+  for other in (
+    (MEMBERS[0], member('r', architecture='relu', features=64)),
+    (MEMBERS[0], member('r', features=96, site='mlp_out.0')),
+    (*MEMBERS, member('new')),
+  ):
+    with pytest.raises(UserError, match='the checkpoint has no member'):
+      train(store, tmp_path, other, settings(), allowed=('seed',))
+
+
+def test_another_store_by_permission_brings_its_own_scale(
+  store, tmp_path, tmp_path_factory
+):
+  # The new one's activations are twice as long: biases for scaled ones are
+  # made anew from those for raw ones.
+  train(store, tmp_path, MEMBERS, settings(), stop_at=10)
+  site = store.sites['resid_post.0']
+  longer = dataclasses.replace(
+    store,
+    sites=store.sites
+    | {
+      'resid_post.0': dataclasses.replace(
+        site, mean_squared_norm=4 * site.mean_squared_norm
+      )
+    },
+  )
+  a = params_at(tmp_path, 10, store, MEMBERS, make_mesh(1, -1))['g'].params
+  b = params_at(tmp_path, 10, longer, MEMBERS, make_mesh(1, -1))['g'].params
+  np.testing.assert_allclose(b['b_dec'], a['b_dec'] / 2, rtol=1e-6)
+  np.testing.assert_array_equal(b['W_gate'], a['W_gate'])
+
+
+def test_the_latest_and_every_so_many_checkpoints_are_kept(store, tmp_path):
+  s = settings(
+    checkpoint_every=4, checkpoints_kept=2, checkpoints_kept_every=12
+  )
+  train(store, tmp_path, MEMBERS, s)
+  with Checkpoints(str(tmp_path), read_only=True) as saved:
+    assert saved.steps() == [0, 12, 24, 28, 30]
 
 
 def test_unknown_schema_is_refused(store, tmp_path):

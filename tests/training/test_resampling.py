@@ -4,10 +4,23 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from gsae_jax.restore import load
 from gsae_jax.training import resampling
 from gsae_jax.training.checkpoints import Checkpoints
-from tests.training.conftest import member, settings, start, states
+from gsae_jax.training.members import make_recipe
+from tests.sae import reference
+from tests.training.conftest import (
+  member,
+  mesh_of,
+  open_loader,
+  settings,
+  start,
+  states,
+)
 from tests.training.test_checkpoints import train
 
 
@@ -97,3 +110,88 @@ def test_a_resumed_run_resamples_alike(store, tmp_path):
       saved.append(c.restore_params(40, {'a': shapes})['a'])
   for name in shapes:
     np.testing.assert_array_equal(saved[0][name], saved[1][name])
+
+
+@pytest.mark.parametrize(
+  'variant', [{}, {'encoder': 'untied'}, {'architecture': 'relu'}]
+)
+@pytest.mark.parametrize('mesh', [{}, {'data': 2, 'model': 2}])
+def test_dead_features_are_revived_and_only_they_are_touched(
+  variant, mesh, store
+):
+  # A run that is made to have dead features: their gates are shut for good.
+  one = member(l1=0.05, **variant)
+  s = settings(steps=200, dead_after=8, warmup_steps=0, l1_warmup_steps=0)
+  mesh = mesh_of(**mesh)
+  run = start(store, (one,), s, mesh=mesh)
+  loader = open_loader(store, (one,), s)
+  batches = loader.batches(NamedSharding(mesh, P('data')), start=0)
+  bias = 'b_enc' if 'architecture' in variant else 'b_gate'
+  shut = np.arange(64) % 4 == 0
+  state = states(run)['a']
+  params = dict(state.params)
+  params[bias] = jax.device_put(
+    np.where(shut, -100, 0).astype(np.float32), params[bias].sharding
+  )
+  run.groups[0].put({'a': state._replace(params=params)})
+  for _ in range(12):
+    run.step(next(batches))
+  before = jax.device_get(states(run)['a'])
+  np.testing.assert_array_equal(before.steps_since_fired >= 8, shut)
+  resample = resampling.Resampler(
+    run.groups, loader, s, make_recipe(s).schedule, mesh
+  )
+  (event,) = resample(12, {})
+  assert event == {
+    'step': 12, 'tokens': 12 * 128, 'member': 'a', 'resampled': 16
+  }  # fmt: skip
+  after = jax.device_get(states(run)['a'])
+  assert after.opt_state.count == before.opt_state.count
+  for name, old in before.opt_state.nu.items():
+    new = after.opt_state.nu[name]
+    axis = 0 if name == 'W_dec' else -1
+    if name != 'b_dec':
+      assert not np.compress(shut, new, axis).any()
+      np.testing.assert_array_equal(
+        np.compress(~shut, new, axis), np.compress(~shut, old, axis)
+      )
+    else:
+      np.testing.assert_array_equal(new, old)
+  fired = np.zeros(64, bool)
+  for _ in range(40):
+    run.step(next(batches))
+    fired |= np.asarray(states(run)['a'].steps_since_fired) == 0
+  assert fired[shut].mean() > 0.9
+
+
+def test_inputs_are_drawn_by_the_whole_loss(store):
+  one = member(l1=0.7)
+  run = start(store, (one,), settings())
+  state, (group,) = states(run)['a'], run.groups
+  x = open_loader(store, (one,), settings()).rows_at(0, 'resid_post.0')
+  hyper = group.members[0].hyper
+  schedule = make_recipe(settings(l1_warmup_steps=4)).schedule
+  got = resampling.row_losses(group.module, schedule, state, hyper, x)
+  p = {k: np.asarray(v, np.float64) for k, v in state.params.items()}
+  for i in (0, 5, 77):
+    # At step 0 of 4, the coefficient is a quarter.
+    row = np.float64(x[i : i + 1]) * hyper.scale
+    loss, *_ = reference.gated_loss_and_gradients(p, row, 0.7 / 4)
+    np.testing.assert_allclose(got[i], loss, rtol=1e-5)
+
+
+def test_draws_are_of_the_members_own_seed(store, tmp_path):
+  # The same seed draws the same, whatever the run's is and the name.
+  s = settings(resample_steps=(30,), **DYING)
+  found = []
+  for name, seed in (('a', 0), ('b', 0), ('c', 1)):
+    members = (member(name, l1=30.0, seed=seed),)
+    train(store, tmp_path / name, members, s)
+    found.append(load(str(tmp_path / name)).params['W_dec'])
+  np.testing.assert_array_equal(found[0], found[1])
+  assert np.any(np.asarray(found[0]) != np.asarray(found[2]))
+
+
+def test_inputs_without_loss_are_drawn_alike():
+  drawn = resampling.draw_rows(np.zeros(4), 1000, entropy=(1,))
+  assert np.bincount(drawn, minlength=4).min() > 200

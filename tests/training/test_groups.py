@@ -1,0 +1,210 @@
+"""Several SAEs by one program: each as if alone, on any mesh, and what is sent."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gsae_jax.errors import UserError
+from gsae_jax.sae.gated import GatedSAE
+from gsae_jax.training import state as state_lib
+from gsae_jax.training.groups import compile_step, make_groups
+from gsae_jax.training.members import make_recipe
+from gsae_jax.training.step import Hyperparameters
+from tests.training import test_checkpoints as checkpoints
+from tests.training.conftest import (
+  member,
+  mesh_of,
+  run_steps,
+  settings,
+  start,
+)
+
+SWEEP = tuple(
+  member(f'm{i}', l1=0.05 * 2**i, seed=i, learning_rate=2e-3 * (i + 1))
+  for i in range(4)
+)
+
+
+def close(ours, theirs, tolerance=1e-6):
+  """Every array of two members' states."""
+  for name in theirs:
+    a, b = (jax.device_get(states[name]) for states in (ours, theirs))
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(
+        np.float64(x), np.float64(y), atol=tolerance
+      ),
+      a,
+      b,
+    )
+
+
+@pytest.mark.parametrize(
+  'mesh', [{}, {'sae': 4}, {'sae': 2, 'model': 2}, {'sae': 2, 'data': 2}]
+)
+def test_a_stacked_member_is_the_member_alone(mesh, store):
+  mesh = mesh_of(**mesh)
+  losses, got, run = run_steps(
+    store, SWEEP, settings(steps=20, members='stacked'), mesh=mesh
+  )
+  assert len(run.groups) == 1
+  alone = {}
+  for one in SWEEP:
+    own, state, _ = run_steps(store, (one,), settings(steps=20))
+    np.testing.assert_allclose(losses[one.name], own[one.name], rtol=1e-5)
+    alone |= state
+  close(got, alone, 2e-6)
+  W_dec = run.groups[0].state.params['W_dec']
+  sae, model = mesh.shape['sae'], mesh.shape['model']
+  assert W_dec.sharding.shard_shape(W_dec.shape) == (4 // sae, 64 // model, 16)
+
+
+def test_members_of_several_sites_are_one_stack(store):
+  members = (
+    member('a'),
+    member('b', site='mlp_out.0', l1=0.2),
+    member('c', seed=3),
+    member('d', site='mlp_out.0'),
+  )
+  s = settings(steps=12, members='stacked')
+  losses, _, run = run_steps(store, members, s, mesh=mesh_of(sae=2))
+  assert [g.names for g in run.groups] == [('a', 'b', 'c', 'd')]
+  for one in members:
+    own, _, _ = run_steps(store, (one,), settings(steps=12))
+    np.testing.assert_allclose(losses[one.name], own[one.name], rtol=1e-5)
+  assert losses['a'] != losses['b']
+
+
+def test_groups_are_of_equal_shape_only(store):
+  members = (
+    member('a'), member('b', features=32), member('c', encoder='untied'),
+    member('d', l1=0.3, loss_scale='mean'), member('e', architecture='relu'),
+  )  # fmt: skip
+  groups = make_groups(
+    members, settings(members='stacked'), store, mesh_of(), 0
+  )
+  assert [g.names for g in groups] == [('a', 'd'), ('b',), ('c',), ('e',)]
+  # On CPU it is faster to go through them; what suits an accelerator is auto.
+  groups = make_groups(members, settings(), store, mesh_of(), 0)
+  assert [g.names for g in groups] == [('a',), ('d',), ('b',), ('c',), ('e',)]
+  with pytest.raises(
+    UserError, match='3 members of the shape of .*mesh.sae, 2'
+  ):
+    make_groups(SWEEP[:3], settings(), store, mesh_of(sae=2), 0)
+
+
+def test_a_stack_goes_on_as_members_on_their_own_and_back(store, tmp_path):
+  meshes = mesh_of(sae=2, model=2), mesh_of(data=4), mesh_of(sae=4)
+  modes = 'stacked', 'looped', 'auto'
+  whole = checkpoints.train(
+    store, tmp_path / 'whole', SWEEP, settings(), mesh=mesh_of()
+  )
+  stops = 11, 22, None
+  for mode, mesh, stop_at in zip(modes, meshes, stops, strict=True):
+    moved = checkpoints.train(
+      store, tmp_path / 'moved', SWEEP, settings(members=mode), mesh=mesh,
+      stop_at=stop_at,
+    )  # fmt: skip
+  assert len(moved) == len(whole)
+  a, b = (
+    checkpoints.params_at(tmp_path / name, 30, store, SWEEP, mesh_of())
+    for name in ('whole', 'moved')
+  )
+  close(a, b, 5e-6)
+
+
+def test_a_stack_is_resampled_like_its_members(store, tmp_path):
+  members = tuple(member(f'm{i}', l1=20.0 + 5 * i) for i in range(2))
+  s = {'steps': 24, 'dead_after': 3, 'learning_rate': 0.05}
+  s |= {'resample_steps': (20,)}
+  found = {}
+  for mode, mesh in (('looped', {}), ('stacked', {'sae': 2, 'model': 2})):
+    lines = checkpoints.train(
+      store, tmp_path / mode, members, settings(members=mode, **s),
+      mesh=mesh_of(**mesh),
+    )  # fmt: skip
+    found[mode] = {
+      r['member']: r['resampled'] for r in lines if 'resampled' in r
+    }
+  assert found['looped'] == found['stacked'] and all(found['looped'].values())
+
+
+# Of a compiled step: collectives, as (kind, bytes of what each device gets).
+COLLECTIVE = re.compile(
+  r'= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|'
+  r'reduce-scatter)(?:-start)?\('
+)
+BYTES = {'f32': 4, 's32': 4, 'pred': 1, 'bf16': 2}
+
+
+def collectives(text):
+  found = []
+  for shapes, kind in COLLECTIVE.findall(text):
+    total = 0
+    for dtype, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shapes):
+      total += BYTES[dtype] * np.prod([int(n) for n in sizes.split(',') if n])
+    found.append((kind, int(total)))
+  return found
+
+
+def compiled(mesh, *, B, D, F, members=0):
+  """The step's program as text."""
+  module = GatedSAE(width=D, features=F)
+  step = compile_step(
+    module, make_recipe(settings()), mesh, stacked=bool(members)
+  )
+  front = (members,) if members else ()
+  shapes = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((*front, *a.shape), a.dtype),
+    state_lib.member_shapes(module),
+  )
+  layout = 'stacked' if members else 'alone'
+  state = state_lib.place(
+    shapes, state_lib.shardings(mesh, shapes, layout=layout)
+  )
+  at = lambda shape, *spec: jax.ShapeDtypeStruct(
+    shape, np.float32, sharding=NamedSharding(mesh, P(*spec))
+  )
+  hyper = Hyperparameters(*[at(front, *(('sae',) if members else ()))] * 4)
+  x = (at((B, D), 'data'),)
+  return step.lower(state, x, hyper, which=None).compile().as_text()
+
+
+def test_features_over_devices_send_two_reconstructions_and_no_weights():
+  B, D = 512, 128
+  found = collectives(compiled(mesh_of(model=4), B=B, D=D, F=1024))
+  both = 2 * B * D * 4
+  # One all-reduce of both; the rest is b_dec's gradient and scalars.
+  assert max(size for _, size in found) == both
+  assert {kind for kind, _ in found} == {'all-reduce'}
+  assert sum(size for _, size in found) <= 1.01 * both
+
+
+def test_rows_over_devices_send_gradients_once():
+  D, F = 64, 1024
+  found = collectives(compiled(mesh_of(data=4), B=512, D=D, F=F))
+  assert {kind for kind, _ in found} == {'all-reduce'}
+  assert sum(size for _, size in found) <= 1.05 * 2 * D * F * 4
+
+
+def test_saes_over_devices_send_nothing():
+  assert not collectives(
+    compiled(mesh_of(sae=4), B=256, D=64, F=512, members=4)
+  )
+  # With features split too, each pair of devices sends what two would.
+  mesh = mesh_of(sae=2, model=2)
+  found = collectives(compiled(mesh, B=512, D=128, F=512, members=2))
+  assert sum(size for _, size in found) <= 1.01 * 2 * 512 * 128 * 4
+
+
+def test_taking_a_member_out_of_its_stack_spreads_it(store):
+  # Or saving would need the memory of the whole stack on every device.
+  run = start(
+    store, SWEEP, settings(members='stacked'), mesh=mesh_of(sae=2, model=2)
+  )
+  for saved in run.checkpoint()['members'].values():
+    W_dec = saved['params']['W_dec']
+    assert W_dec.sharding.shard_shape(W_dec.shape) == (16, 16)
