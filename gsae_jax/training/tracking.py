@@ -257,6 +257,7 @@ class _Wandb:
       id=hashlib.sha256(os.fspath(folder).encode()).hexdigest()[:16],
       resume='allow',
       config=config,
+      dir=None if paths.is_remote(folder) else os.fspath(folder),
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:

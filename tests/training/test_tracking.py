@@ -172,3 +172,40 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match="'wandb' is not installed; pip install"):
     Tracker(str(tmp_path / 'x'), resumed_at=0, writers=('wandb',), config={})
+
+
+def test_wandb_without_a_network(tmp_path, monkeypatch):
+  pytest.importorskip('wandb')
+  from wandb.proto import wandb_internal_pb2
+
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  monkeypatch.setenv('WANDB_SILENT', 'true')
+  with Tracker(
+    str(tmp_path / 'run7'), resumed_at=0, writers=('wandb',), config={'seed': 1}
+  ) as tracker:
+    for step in (1, 2):
+      loss = np.array([0.5, 0.25]) / step
+      tracker.write(step, 9, {('a', 'b'): {'loss': loss}}, {})
+    tracker.flush()
+    densities = density.histogram(np.array([0, 1, 5]), 10)
+    tracker.histogram({'step': 2, 'tokens': 9, 'member': 'a'}, densities)
+  (path,) = (tmp_path / 'run7' / 'wandb').glob('offline-run-*/*.wandb')
+  # LevelDB's log: a header of 7 bytes, then checksum, length and kind before
+  # each record. In its first block, a record is in one piece.
+  raw, at, found = path.read_bytes(), 7, {}
+  assert raw.startswith(b':W&B') and len(raw) < 32768
+  while at < len(raw):
+    _, length, kind = struct.unpack_from('<IHB', raw, at)
+    assert kind == 1
+    data = raw[at + 7 : at + 7 + length]
+    at += 7 + length
+    record = wandb_internal_pb2.Record.FromString(data)
+    if record.WhichOneof('record_type') == 'history':
+      items = {
+        '/'.join(i.nested_key) or i.key: json.loads(i.value_json)
+        for i in record.history.item
+      }
+      found.setdefault(items['_step'], {}).update(items)
+  assert (found[1]['a/loss'], found[1]['b/loss']) == (0.5, 0.25)
+  assert (found[2]['a/loss'], found[2]['b/loss']) == (0.25, 0.125)
+  assert found[2]['a/log10_density/values'] == densities['features']
