@@ -84,6 +84,28 @@ def sae(**changes):
     (put('train.resample_steps', ('5',)), r"resample_steps\[0\] must be int"),
     (put('train.normalize', 'l2'), "'l2' is not one of 'mean_squared_norm', None"),
     (put('train.loss_scale', 'max'), "'max' is not one of 'sum', 'mean'"),
+    (put('train.precision', 'float16'), "'float16' is not one of 'float32', 'bf"),
+    (put('train.members', 'both'), "'both' is not one of 'auto', 'stacked', 'lo"),
+    (put('train.clip_norm', 0.0), 'train.clip_norm must be more than 0'),
+    (put('train.histogram_every', 0), 'histogram_every: 0 is too small'),
+    (put('train.checkpoints_kept_every', 5), 'kept_every: train.checkpoints_kept'),
+    (sae(encoder='twice'), "encoder: 'twice' is not one of 'tied', 'untied'"),
+    (sae(sparsity='l0'), "sparsity: 'l0' is not one of 'l1', 'decoder_norm_l1'"),
+    (sae(loss_scale='max'), "loss_scale: 'max' is not one of 'sum', 'mean'"),
+    (sae(architecture='relu', encoder='untied'),
+     "encoder: 'untied' is not for architecture 'relu'"),
+    (sae(architecture='relu', freeze_aux_decoder=False),
+     "freeze_aux_decoder: False is not for architecture 'relu'"),
+    (sae(architecture='relu', centre_stop_gradient=True),
+     "centre_stop_gradient: True is not for architecture 'relu'"),
+    (sae(architecture='rescale_shift', l1=0.0), 'say which SAE it starts from'),
+    (sae(baseline='run'), r"baseline: .* 'gated'; leave it out"),
+    (sae(baseline_member='a'), r"baseline: .* 'gated'; leave it out"),
+    (sae(architecture='rescale_shift', baseline='run'), 'has no sparsity term'),
+    (sae(architecture='rescale_shift', baseline='run', l1=0.0,
+         sparsity='decoder_norm_l1'), "is not for architecture 'rescale_shift'"),
+    (lambda c: (c.mesh.update(sae=2), c.train.update(members='looped')),
+     "train.members: 'looped' members cannot be spread over mesh.sae, 2"),
     (put('train.writers', ('csv',)), "'csv' is not one of 'tensorboard', 'wandb'"),
     (put('text.held_out', 1.5), 'text.held_out: 1.5 is not between 0 and 1'),
     (put('text.packing', 'x'), "text.packing: 'x' is not one of"),
@@ -149,3 +171,42 @@ def test_identity_leaves_out_what_may_change_between_starts():
   b.loader.source = 'store'
   b.train.learning_rate = 1.0
   assert config_lib.parse(b).identity() != same
+
+
+@pytest.mark.parametrize('family', ['gelu', 'pythia', 'gemma'])
+def test_the_papers_recipe_is_a_config(family):
+  raw = recipe.paper(quickstart(), family)
+  raw.store.tokens = 2**21
+  raw.saes = tuple(
+    recipe.member(
+      arm, family, name=arm, site='mlp_out.0', features=features, l1=1e-3
+    )
+    for arm, features in (('gated', 512), ('relu', 768))
+  )
+  config = config_lib.parse(raw)
+  train = config.train
+  assert (train.batch_size, train.warmup_steps, train.loss_scale) == (
+    4096, 1000, 'mean'
+  )  # fmt: skip
+  assert train.steps == {'pythia': 400_000}.get(family, 300_000)
+  assert train.normalize is None and train.clip_norm is None
+  gated, relu = config.saes
+  assert gated.learning_rate == 3e-4 and gated.loss_scale == 'mean'
+  plain = family == 'gelu'
+  assert relu.learning_rate == (3e-4 if plain else 1e-3)
+  assert relu.loss_scale == ('mean' if plain else 'mean_over_norm')
+
+
+@pytest.mark.parametrize(
+  'arg', ['', 'stories260k', 'baselines=here', 'stories260k,baselines=here']
+)
+def test_the_variants_are_a_config(arg):
+  config = config_lib.parse(variants.get_config(arg))
+  if 'baselines' in arg:
+    assert {s.architecture for s in config.saes} == {'rescale_shift'}
+    assert {s.baseline for s in config.saes} == {'here'}
+  else:
+    assert len(config.saes) == 30
+    assert len({s.features for s in config.saes}) == 2
+  with pytest.raises(ValueError, match="no variant 'x'"):
+    variants.get_config('x')

@@ -274,6 +274,41 @@ def test_a_stream_trains_without_a_store_and_goes_on(smoke, tmp_path):
   )  # fmt: skip
 
 
+def test_a_member_on_top_of_another_runs_baseline(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  flags = (f'--store={store}', f'--workdir={tmp_path}')
+  config = lambda member: f'tests/configs/shift.py:{workdir},{member}'
+  for name, match in (
+    ('gated_mlp_out.0', "its architecture is 'gated', not 'relu'"),
+    ('relu_mlp_hidden.0', "its site is 'mlp_hidden.0', not 'mlp_out.0'"),
+    ('nobody', "member='nobody': the run at"),
+  ):
+    refuse('train', *flags, config=config(name), match=match)
+  assert not (tmp_path / 'metrics.jsonl').exists()
+  right = config('relu_mlp_out.0')
+  run('train', *flags, config=right)
+  table = run('evaluate', f'--workdir={tmp_path}', config=right)
+  assert 'shift' in table
+  (record,) = json.loads((tmp_path / 'eval/step_40.json').read_text())
+  assert record['architecture'] == 'rescale_shift' and record['variant'] == ''
+
+
+def test_a_change_of_config_has_to_be_allowed(smoke, tmp_path):
+  store, workdir, *_ = smoke
+  shutil.copytree(workdir, tmp_path / 'run')
+  flags = (f'--store={store}', f'--workdir={tmp_path}/run')
+  longer = '--config.train.steps=45'
+  refuse(
+    'train', *flags, longer, match='train.steps is 40 there and 45 here)'
+  )  # fmt: skip
+  refuse(
+    'train', *flags, longer, '--allow-config-change=train.step',
+    match="no field 'train.step'; did you mean 'train.steps'",
+  )  # fmt: skip
+  run('train', *flags, longer, '--allow-config-change=train.steps')
+  assert (tmp_path / 'run/checkpoints/45').exists()
+
+
 def test_a_store_in_memory_trains_alike(smoke, tmp_path):
   store, workdir, *_ = smoke
   shutil.copytree(workdir, tmp_path / 'run')

@@ -136,11 +136,13 @@ def states(run):
   return {k: v for g in run.groups for k, v in g.states().items()}
 
 
-def run_steps(store, members, train, *, mesh=None, seed=0, **kwargs):
+def run_steps(
+  store, members, train, *, mesh=None, seed=0, loader=None, **kwargs
+):
   """Trains in memory; returns losses and states by member, and the run."""
   mesh = mesh or mesh_of()
   run = start(store, members, train, mesh=mesh, seed=seed, **kwargs)
-  loader = open_loader(store, members, train, seed=seed)
+  loader = loader or open_loader(store, members, train, seed=seed)
   batches = loader.batches(NamedSharding(mesh, P('data')), start=0)
   losses = {m.name: [] for m in members}
   for _ in range(train.steps):

@@ -1,0 +1,62 @@
+"""A sweep of sixteen SAEs: one command, resumable, each as if alone."""
+
+import signal
+
+import numpy as np
+import pytest
+
+import gsae_jax
+from experiments import sweep_l1
+from gsae_jax import config as config_lib
+from gsae_jax.activations.loader import Loader
+from gsae_jax.activations.store import open_store
+from gsae_jax.training.state import fold_scale
+from tests.commands import run, start, wait_for
+from tests.training import conftest as training
+
+CONFIG = 'experiments/sweep_l1.py'
+STORE = {'store.tokens': 65_536, 'store.buffer_rows': 32_768}
+TRAIN = {
+  'train.steps': 90, 'train.checkpoint_every': 15, 'train.batch_size': 256,
+  'train.log_every': 5, 'loader.shuffle_rows': 4096,
+}  # fmt: skip
+
+
+def flags(changes):
+  return [f'--config.{k}={v}' for k, v in changes.items()]
+
+
+@pytest.mark.slow
+def test_sixteen_members_each_as_if_alone(tmp_path):
+  store, workdir = tmp_path / 'store', tmp_path / 'run'
+  run('harvest', f'--store={store}', *flags(STORE), config=CONFIG)
+  command = (f'--store={store}', f'--workdir={workdir}', *flags(STORE | TRAIN))
+  process = start('train', *command, config=CONFIG)
+  metrics = workdir / 'metrics.jsonl'
+  wait_for(
+    lambda: metrics.exists() and '"step": 30,' in metrics.read_text(), process
+  )
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 42, err
+  assert 'step 90 of 90, 16 SAEs' in run('train', *command, config=CONFIG)
+
+  raw = sweep_l1.get_config()
+  raw.update_from_flattened_dict(STORE | TRAIN)
+  config = config_lib.parse(raw)
+  assert len(config.saes) == 16
+  opened = open_store(str(store))
+  for one in config.saes:
+    loader = Loader(
+      opened, (one.site,), batch_size=256, seed=config.seed, unit='chunk',
+      shuffle_rows=4096,
+    )  # fmt: skip
+    _, states, alone = training.run_steps(
+      opened, (one,), config.train, seed=config.seed, loader=loader
+    )
+    scale = alone.groups[0].members[0].hyper.scale
+    want = fold_scale(states[one.name].params, scale)
+    got = gsae_jax.load(str(workdir), member=one.name)
+    assert got.metadata['step'] == 90
+    for name, value in want.items():
+      np.testing.assert_array_equal(got.params[name], value)
