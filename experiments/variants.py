@@ -13,6 +13,20 @@ on top of the baselines of equal width, in a run of its own.
 
 On stories260K, whose folder and text are given as for stories260k.py:
 $C:stories260k, and $C:stories260k,baselines=DIR/run.
+
+Takes 15 min for the embedded model and 10 min for stories260K on 2 CPU cores (AMD
+EPYC, Python 3.11, JAX 0.10.2) that did other work beside. Gives, with seed 0 after
+1.54 M activations per SAE, L0 at equal loss recovered over Gated's:
+
+                             embedded   stories260K
+  freeze_aux_decoder=False   1.21       1.10
+  encoder='no_r_mag'         1.04       1.00
+  encoder='untied'           0.99       1.02
+  baseline, equal compute    1.95       1.66
+  baseline, equal width      2.07       1.79
+  rescale & shift on that    1.53       1.22
+
+README.md has every variant's L0, loss recovered, gamma and alive features.
 """
 
 import ml_collections

@@ -5,6 +5,8 @@ import importlib.util
 import ml_collections
 import pytest
 
+from experiments import variants
+from experiments.paper import recipe
 from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
 from tests.conftest import ROOT

@@ -147,12 +147,14 @@ def equal_runs(ours, theirs, tolerance):
   key = lambda r: (r['step'], r['member'], 'resampled' in r, 'density' in r)
   assert [*map(key, a)] == [*map(key, b)]
   for x, y in zip(a, b, strict=True):
-    for name in ('resampled', 'l0', 'loss'):
+    for name in ('resampled', 'loss'):
       if name in y:
         np.testing.assert_allclose(x[name], y[name], rtol=1e-4)
 
 
-@pytest.mark.parametrize('mesh', [(4, 1), (1, 4)])
+@pytest.mark.parametrize(
+  'mesh', [pytest.param((4, 1), marks=pytest.mark.slow), (1, 4)]
+)
 def test_two_processes_train_what_one_does(smoke, alone, tmp_path, mesh):
   data, model = (f'--config.mesh.{k}={n}' for k, n in zip(
     ('data', 'model'), mesh, strict=True
@@ -165,6 +167,7 @@ def test_two_processes_train_what_one_does(smoke, alone, tmp_path, mesh):
   equal_runs(tmp_path, alone, 1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_resample_what_one_does(smoke, tmp_path):
   flags = (f'--store={smoke[0]}', *TRAIN, *RESAMPLE)
   run('train', f'--workdir={tmp_path}/one', *flags, devices=4)
@@ -179,6 +182,7 @@ def test_two_processes_resample_what_one_does(smoke, tmp_path):
   equal_runs(tmp_path / 'two', tmp_path / 'one', 1e-4)
 
 
+@pytest.mark.slow
 def test_training_moves_between_numbers_of_processes(smoke, alone, tmp_path):
   # A signal to one of two stops both, at the same step; one process goes on,
   # and two end it.
@@ -205,19 +209,23 @@ def test_training_moves_between_numbers_of_processes(smoke, alone, tmp_path):
   equal_runs(tmp_path, alone, 1e-6)
 
 
-def test_a_killed_process_ends_the_training_of_the_other(smoke, tmp_path):
-  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}')
-  long = ('--config.train.steps=20000', '--config.train.checkpoint_every=20')
+@pytest.mark.slow
+def test_a_killed_process_ends_the_training_of_the_other(
+  smoke, alone, tmp_path
+):
+  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN)
   metrics = tmp_path / 'metrics.jsonl'
-  both = start_both(*flags, *long, program='train')
-  wait_for(
-    lambda: metrics.exists() and '"step": 50,' in metrics.read_text(), both[0]
-  )
+  both = start_both(*flags, program='train')
+  wait_for(lambda: metrics.exists() and metrics.read_text(), both[0])
   both[1].kill()
   codes, outputs = finish(both)
-  assert codes == [42, -signal.SIGKILL], outputs
-  assert 'error: another process is gone' in outputs[0][1]
-  assert 'Traceback' not in outputs[0][1]
+  # A collective fails, or waits until JAX gives up on the other and aborts.
+  assert codes[0] and codes[1] == -signal.SIGKILL
+  if codes[0] == 42:
+    assert 'error: another process is gone' in outputs[0][1]
+    assert 'Traceback' not in outputs[0][1]
+  run('train', *flags, devices=4)
+  equal_runs(tmp_path, alone, 1e-6)
 
 
 WORKER = """

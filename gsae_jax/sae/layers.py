@@ -30,12 +30,15 @@ def product(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
 
 
 def _rounded_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(
-    spec,
-    a.astype(jnp.bfloat16),
-    b.astype(jnp.bfloat16),
-    preferred_element_type=jnp.float32,
-  )
+  def native(a, b):
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+  def emulated(a, b):  # CPUs have no such products; the numbers are the same.
+    a, b = (jax.lax.reduce_precision(v, 8, 7) for v in (a, b))
+    return jnp.einsum(spec, a, b)
+
+  return jax.lax.platform_dependent(a, b, cpu=emulated, default=native)
 
 
 # Autodiff would multiply float32 cotangents with bfloat16 factors.
