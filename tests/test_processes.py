@@ -153,7 +153,11 @@ def equal_runs(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize(
-  'mesh', [pytest.param((4, 1), marks=pytest.mark.slow), (1, 4)]
+  'mesh',
+  [
+    pytest.param((4, 1), marks=pytest.mark.slow),
+    (1, 4),
+  ],
 )
 def test_two_processes_train_what_one_does(smoke, alone, tmp_path, mesh):
   data, model = (f'--config.mesh.{k}={n}' for k, n in zip(

@@ -12,6 +12,7 @@ from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
 from gsae_jax.training.state import fold_scale
 from tests.commands import run, start, wait_for
+from tests.test_processes import finish, start_both
 from tests.training import conftest as training
 
 CONFIG = 'experiments/sweep_l1.py'
@@ -26,10 +27,16 @@ def flags(changes):
   return [f'--config.{k}={v}' for k, v in changes.items()]
 
 
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+  path = tmp_path_factory.mktemp('sweep') / 'store'
+  run('harvest', f'--store={path}', *flags(STORE), config=CONFIG)
+  return path
+
+
 @pytest.mark.slow
-def test_sixteen_members_each_as_if_alone(tmp_path):
-  store, workdir = tmp_path / 'store', tmp_path / 'run'
-  run('harvest', f'--store={store}', *flags(STORE), config=CONFIG)
+def test_sixteen_members_each_as_if_alone(store, tmp_path):
+  workdir = tmp_path / 'run'
   command = (f'--store={store}', f'--workdir={workdir}', *flags(STORE | TRAIN))
   process = start('train', *command, config=CONFIG)
   metrics = workdir / 'metrics.jsonl'
@@ -60,3 +67,23 @@ def test_sixteen_members_each_as_if_alone(tmp_path):
     assert got.metadata['step'] == 90
     for name, value in want.items():
       np.testing.assert_array_equal(got.params[name], value)
+
+
+@pytest.mark.slow
+def test_sixteen_members_over_the_devices_of_two_processes(store, tmp_path):
+  # Stacked, four on each device, against one after the other on one device.
+  few = STORE | TRAIN | {'train.steps': 30, 'train.learning_rate': 3e-4}
+  command = (f'--store={store}', *flags(few))
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  run('train', f'--workdir={one}', *command, config=CONFIG)
+  spread = ('--config.mesh.sae=4', '--config.mesh.data=1')
+  codes, outputs = finish(
+    start_both(
+      f'--workdir={two}', *command, *spread, program='train', config=CONFIG
+    )
+  )
+  assert codes == [0, 0], outputs
+  for name in ('l1_0.05_seed_0', 'l1_0.4_seed_3', 'l1_0.1_seed_2'):
+    a, b = (gsae_jax.load(str(w), member=name) for w in (two, one))
+    for k, v in b.params.items():
+      np.testing.assert_allclose(a.params[k], v, atol=1e-6, rtol=0)

@@ -130,7 +130,8 @@ class Group:
 
   def finite(self) -> dict[str, bool]:
     """Whether all weights of each member are numbers."""
-    fine = jax.device_get(_finite(self.state.params, self._stacked))
+    found = _finite(self.state.params, self._stacked)
+    fine = jax.device_get(copier(self._mesh)(found))
     return dict(zip(self.names, np.atleast_1d(fine).tolist(), strict=True))
 
   def fired_counts(self) -> dict[str, np.ndarray]:

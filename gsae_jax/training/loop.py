@@ -101,15 +101,16 @@ def train(
       run.restore(saved, first)
     else:
       run.start(baseline)
-    tracker = stack.enter_context(
-      Tracker(
-        workdir,
-        resumed_at=first,
-        writers=settings.writers,
-        config=metadata['config'],
-        stopped=run.stopped,
+    with processes.together():  # Only one of them writes.
+      tracker = stack.enter_context(
+        Tracker(
+          workdir,
+          resumed_at=first,
+          writers=settings.writers,
+          config=metadata['config'],
+          stopped=run.stopped,
+        )
       )
-    )
     for change in changes:
       tracker.event({'step': first, 'member': None, 'config_change': change})
     progress = stack.enter_context(
