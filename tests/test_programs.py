@@ -289,8 +289,12 @@ def test_a_member_on_top_of_another_runs_baseline(smoke, tmp_path):
   run('train', *flags, config=right)
   table = run('evaluate', f'--workdir={tmp_path}', config=right)
   assert 'shift' in table
-  (record,) = json.loads((tmp_path / 'eval/step_40.json').read_text())
-  assert record['architecture'] == 'rescale_shift' and record['variant'] == ''
+  shift, other = json.loads((tmp_path / 'eval/step_40.json').read_text())
+  assert shift['architecture'] == 'rescale_shift' and shift['variant'] == ''
+  assert other['variant'] == 'encoder=untied, freeze_aux_decoder=False'
+  run('report', f'--workdir={tmp_path}')
+  page = (tmp_path / 'report.html').read_text()
+  assert 'gated, encoder=untied, freeze_aux_decoder=False' in page
 
 
 def test_a_change_of_config_has_to_be_allowed(smoke, tmp_path):

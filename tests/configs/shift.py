@@ -1,4 +1,4 @@
-"""Rescale & shift on top of the smoke run's baseline, whose folder is the argument."""
+"""Rescale & shift on the smoke run's baseline, whose folder is the argument."""
 
 from experiments import smoke
 
@@ -15,6 +15,15 @@ def get_config(arg):
       'l1': 0.0,
       'baseline': workdir,
       'baseline_member': baseline,
+    },
+    {
+      'name': 'variant',
+      'architecture': 'gated',
+      'site': 'mlp_out.0',
+      'features': 64,
+      'l1': 0.1,
+      'encoder': 'untied',
+      'freeze_aux_decoder': False,
     },
   )
   return c

@@ -265,10 +265,12 @@ def test_allowed_changes_go_on_and_are_told(store, tmp_path):
       store, run, MEMBERS, more, meta={'identity': longer},
       allowed=('train.step',),
     )  # fmt: skip
-  for _ in range(2):  # The same command may be given again.
+  # The same command may be given again, before and after it got anywhere.
+  for stop_at in (30, None, None):
     lines = train(
-      store, run, MEMBERS, more, meta={'identity': longer}, allowed=('train',)
-    )
+      store, run, MEMBERS, more, meta={'identity': longer}, allowed=('train',),
+      stop_at=stop_at,
+    )  # fmt: skip
   assert lines[-1]['step'] == 40
   changes = [
     r['config_change']
