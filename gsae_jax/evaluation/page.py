@@ -62,7 +62,7 @@ def _lead(records: Sequence[Record]) -> str:
   r = records[0]
   names = sorted(_label(kind) for kind in _kinds(records))
   return (
-    f'{len(records)} sparse autoencoders ({", ".join(names)}) after '
+    f'{len(records)} sparse autoencoders ({"; ".join(names)}) after '
     f'{r["tokens_trained"]:,} activations each, evaluated on '
     f'{r["num_tokens"]:,} held-out tokens; clean cross-entropy '
     f'{r["ce_clean"]:.4f} nats per token.'
