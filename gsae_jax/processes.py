@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsae_jax.errors import PREEMPTED, Preempted, UserError
+from gsae_jax.errors import FAILED, PREEMPTED, Preempted, UserError
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -26,6 +28,7 @@ _PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are.')
 _PROCESS = flags.DEFINE_integer('process', None, 'Which one this is.')
 
 _FINE, _PREEMPTED, _FAILED = range(3)
+_LAST_WORDS = 2.0  # Seconds.
 
 
 def initialize() -> None:
@@ -104,13 +107,28 @@ def _leave(e: Exception) -> None:
 
 @contextlib.contextmanager
 def leaving_with_the_others() -> Iterator[None]:
-  """Ends this process in order when a computation of all fails for one's loss."""
+  """One of several processes that fails in the block ends at once.
+
+  The others are in the middle of a computation with it, which fails when it is
+  gone, and so they end too. To leave in good order would be to wait for them.
+  """
   try:
     yield
-  except jax.errors.JaxRuntimeError as e:
-    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(e):
+  except Preempted:
+    raise
+  except Exception as e:
+    if jax.process_count() == 1:
       raise
-    _leave(e)
+    lost = isinstance(e, jax.errors.JaxRuntimeError)
+    if lost and 'RESOURCE_EXHAUSTED' not in str(e):
+      _leave(e)
+    if isinstance(e, UserError | OSError):
+      print(f'error: {e}', file=sys.stderr, flush=True)
+    else:
+      traceback.print_exc()
+    if jax.process_index() == 0:  # Without it, JAX aborts those who still talk.
+      time.sleep(_LAST_WORDS)
+    os._exit(FAILED)
 
 
 def agreed(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ With loader.source='stream' there is no --store: the language model runs along.
 """
 
 import dataclasses
-import sys
 
 import jax
 import numpy as np
@@ -161,7 +160,10 @@ def read_baseline(
       another language model.
   """
   field = f'saes: baseline of member {member.name!r}'
-  sae = load(member.baseline, member=member.baseline_member)
+  try:
+    sae = load(member.baseline, member=member.baseline_member)
+  except UserError as e:
+    raise UserError(f'{field}: {e}') from e
   wanted = {
     'architecture': 'relu',
     'site': member.site,
@@ -226,10 +228,7 @@ def main() -> int:
     allowed=tuple(_ALLOWED.value),
   )
   if jax.process_index() == 0:
-    print(
-      summarise(outcome, config),
-      file=sys.stderr if outcome.stopped else sys.stdout,
-    )
+    print(summarise(outcome, config))
   return 0 if outcome.finished else PREEMPTED
 
 

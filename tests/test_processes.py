@@ -214,6 +214,20 @@ def test_training_moves_between_numbers_of_processes(smoke, alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_on_one_process_ends_the_training_of_both(smoke, tmp_path):
+  # Only process 0 reads what was logged.
+  (tmp_path / 'metrics.jsonl').write_text('nonsense\n{}\n')
+  both = start_both(
+    f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN, program='train'
+  )
+  codes, outputs = finish(both)
+  assert codes == [1, 1], outputs
+  assert 'error: --workdir: line 1 of' in outputs[0][1]
+  assert 'error: another process failed' in outputs[1][1]
+  assert not any('Traceback' in err for _, err in outputs)
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_training_of_the_other(
   smoke, alone, tmp_path
 ):

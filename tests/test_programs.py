@@ -281,7 +281,7 @@ def test_a_member_on_top_of_another_runs_baseline(smoke, tmp_path):
   for name, match in (
     ('gated_mlp_out.0', "its architecture is 'gated', not 'relu'"),
     ('relu_mlp_hidden.0', "its site is 'mlp_hidden.0', not 'mlp_out.0'"),
-    ('nobody', "member='nobody': the run at"),
+    ('nobody', "saes: baseline of member 'shift': member='nobody'"),
   ):
     refuse('train', *flags, config=config(name), match=match)
   assert not (tmp_path / 'metrics.jsonl').exists()
@@ -309,7 +309,10 @@ def test_a_change_of_config_has_to_be_allowed(smoke, tmp_path):
     'train', *flags, longer, '--allow-config-change=train.step',
     match="no field 'train.step'; did you mean 'train.steps'",
   )  # fmt: skip
-  run('train', *flags, longer, '--allow-config-change=train.steps')
+  run(
+    'train', *flags, longer, '--allow-config-change=train.steps',
+    '--allow-config-change=mesh.data',  # Which is free, and no mistake.
+  )  # fmt: skip
   assert (tmp_path / 'run/checkpoints/45').exists()
 
 

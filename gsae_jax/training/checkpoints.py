@@ -23,6 +23,11 @@ from gsae_jax.errors import UserError
 SCHEMA = 2
 
 
+def _reason(e: Exception) -> str:
+  first = next(iter(str(e).splitlines()), '')[:200]
+  return f'{type(e).__name__}: {first}'
+
+
 class _Preserved(preservation_policy.PreservationPolicy):
   """The latest few, every so many steps, and those that are pinned."""
 
@@ -91,8 +96,12 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *unused):
-    self._manager.close()  # Waits for what is being saved.
+  def __exit__(self, error, *unused):
+    try:
+      self._manager.close()  # Waits for what is being saved.
+    except Exception as e:
+      if error is None:
+        raise self._unsaved(e) from e
 
   def steps(self) -> list[int]:
     """Steps of the finished checkpoints, ascending."""
@@ -108,7 +117,16 @@ class Checkpoints:
     args = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata)
     )
-    self._manager.save(step, args=args, force=True)
+    try:
+      self._manager.save(step, args=args, force=True)
+    except Exception as e:  # Of this save, or of the one before.
+      raise self._unsaved(e) from e
+
+  def _unsaved(self, e: Exception) -> UserError:
+    return UserError(
+      f'--workdir: cannot save a checkpoint in {self.path} ({_reason(e)}); those '
+      'before are good, and the same command goes on from the latest'
+    )
 
   def metadata(self, step: int) -> dict[str, Any]:
     """What `save` was given beside the state.
@@ -147,10 +165,9 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as e:  # Orbax and TensorStore raise half a dozen kinds.
-      reason = next(iter(str(e).splitlines()), '')[:200]
       raise UserError(
-        f'--workdir: {self.path}/{step} cannot be read ({type(e).__name__}: '
-        f'{reason}); delete that folder to go on from the one before'
+        f'--workdir: {self.path}/{step} cannot be read ({_reason(e)}); delete '
+        'that folder to go on from the one before'
       ) from e
 
   def restore_params(
@@ -198,12 +215,18 @@ def check_metadata(
   """
   here = want['identity'] | {'store': want['store']}
   there = have['identity'] | {'store': have['store']}
-  for field in allowed:
-    _check_field(field, here, there)
+  for field in allowed:  # The whole config may be named, though parts are free.
+    _check_field(field, here, there, want['config'])
   found = []
   for line in differences(there, here):
     field = line.split(' ', 1)[0]
     if any(f'{field}.'.startswith(f'{name}.') for name in allowed):
+      for name, about in have['stopped'].items():
+        if f'{field}.'.startswith(f'saes.{name}.'):
+          raise UserError(
+            f'saes: member {name!r} was stopped at step {about["step"]} and does '
+            'not go on; leave it as it was, and start it in another --workdir'
+          )
       found.append(line)
       continue
     what = 'store' if field == 'store' else 'config'

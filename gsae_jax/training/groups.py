@@ -17,7 +17,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.training import state as state_lib
 from gsae_jax.training.members import Member, make_member, make_recipe
 from gsae_jax.training.state import MemberState
-from gsae_jax.training.step import Recipe, train_step
+from gsae_jax.training.step import Recipe, is_sound, train_step
 
 # D * F * B below which a device is kept busy better by several SAEs at once:
 # launching kernels costs as much as running them (measured on an H200).
@@ -36,7 +36,7 @@ class Group:
   """
 
   def __init__(
-    self, members: tuple[Member, ...], program, mesh: Mesh, *, stacked: bool
+    self, members: tuple[Member, ...], programs, mesh: Mesh, *, stacked: bool
   ):
     """Takes the members; `put` gives them their states."""
     self.members = members
@@ -44,7 +44,7 @@ class Group:
     self.names = tuple(m.name for m in members)
     self.state = None
     self._stacked = stacked
-    self._program = program
+    self._program, self._sound = programs
     self._mesh = mesh
     self._sites = tuple(dict.fromkeys(m.config.site for m in members))
     hypers = [m.hyper for m in members]
@@ -128,9 +128,10 @@ class Group:
       params=jax.device_put(params, self._shardings(params))
     )
 
-  def finite(self) -> dict[str, bool]:
-    """Whether all weights of each member are numbers."""
-    found = _finite(self.state.params, self._stacked)
+  def sound(self, batch: dict[str, jax.Array]) -> dict[str, bool]:
+    """Whether each member's state, and its loss on a batch, are all numbers."""
+    x = tuple(batch[site] for site in self._sites)
+    found = self._sound(self.state, x, self._hyper, which=self._which)
     fine = jax.device_get(copier(self._mesh)(found))
     return dict(zip(self.names, np.atleast_1d(fine).tolist(), strict=True))
 
@@ -156,12 +157,6 @@ def _initializer(module: nn.Module, mesh: Mesh, stacked: bool):
 def copier(mesh: Mesh) -> Callable[[Any], Any]:
   """Gives every process the whole of each array."""
   return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, P()))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _finite(params: dict[str, jax.Array], stacked: bool) -> jax.Array:
-  each = lambda p: jnp.array([jnp.all(jnp.isfinite(v)) for v in p.values()])
-  return jnp.all((jax.vmap(each) if stacked else each)(params), -1)
 
 
 def is_stacked(settings: TrainConfig, module: nn.Module, mesh: Mesh) -> bool:
@@ -201,9 +196,12 @@ def make_groups(
   groups = []
   for module, members in by_module.items():
     stacked = is_stacked(settings, module, mesh)
-    program = compile_step(module, recipe, mesh, stacked=stacked)
+    programs = (
+      compile_step(module, recipe, mesh, stacked=stacked),
+      compile_check(module, recipe, mesh, stacked=stacked),
+    )
     parts = [tuple(members)] if stacked else [(m,) for m in members]
-    groups += [Group(part, program, mesh, stacked=stacked) for part in parts]
+    groups += [Group(part, programs, mesh, stacked=stacked) for part in parts]
   return groups
 
 
@@ -228,37 +226,50 @@ def _check_sizes(by_module, settings, mesh) -> None:
       )
 
 
-def compile_step(
-  module: nn.Module, recipe: Recipe, mesh: Mesh, *, stacked: bool
-) -> Callable[..., Any]:
-  """`train_step` under jit: donated, its outputs where its inputs were.
+def _of_members(fn: Callable[..., Any], mesh: Mesh, stacked: bool):
+  """`fn(state, x_BD, hyper)` of a member alone, or of each of a stack.
 
   Returns:
     a function of state, a tuple of batches `[B, D]` and hyperparameters. Of a
     stack, each has the members in front, and `which` says whose batch is which;
     None is that all have the first.
   """
-  step = functools.partial(train_step, module=module, recipe=recipe)
 
   def program(state, x, hyper, *, which):
     if not stacked:
-      return step(state, x[0], hyper)
+      return fn(state, x[0], hyper)
     if which is None:
-      return jax.vmap(step, in_axes=(0, None, 0))(state, x[0], hyper)
+      return jax.vmap(fn, in_axes=(0, None, 0))(state, x[0], hyper)
     spread = NamedSharding(mesh, P('sae', 'data', None))
     x_SBD = jnp.stack([x[i] for i in which])
     x_SBD = jax.lax.with_sharding_constraint(x_SBD, spread)
-    return jax.vmap(step)(state, x_SBD, hyper)
+    return jax.vmap(fn)(state, x_SBD, hyper)
 
+  return program
+
+
+def compile_step(
+  module: nn.Module, recipe: Recipe, mesh: Mesh, *, stacked: bool
+) -> Callable[..., Any]:
+  """`train_step` under jit: donated, its outputs where its inputs were."""
+  step = functools.partial(train_step, module=module, recipe=recipe)
   placed = state_lib.shardings(
     mesh,
     state_lib.member_shapes(module),
     layout='stacked' if stacked else 'alone',
   )
   return jax.jit(
-    program,
+    _of_members(step, mesh, stacked),
     donate_argnums=0,
     static_argnames='which',
     # Metrics stay where they were made: few are ever looked at.
     out_shardings=(placed, NamedSharding(mesh, P('sae') if stacked else P())),
   )
+
+
+def compile_check(
+  module: nn.Module, recipe: Recipe, mesh: Mesh, *, stacked: bool
+) -> Callable[..., Any]:
+  """`is_sound` under jit."""
+  check = functools.partial(is_sound, module=module, recipe=recipe)
+  return jax.jit(_of_members(check, mesh, stacked), static_argnames='which')

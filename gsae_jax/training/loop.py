@@ -78,7 +78,7 @@ def train(
     UserError: what is in the workdir does not fit, or every member diverged.
   """
   run = Run(make_groups(members, settings, store, mesh, seed), store)
-  with contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack, processes.leaving_with_the_others():
     saved = stack.enter_context(
       checkpoints.Checkpoints(
         workdir,
@@ -124,7 +124,6 @@ def train(
     )
     stopping = processes.Ballot(preempted)
     batches = loader.batches(NamedSharding(mesh, P('data')), start=first)
-    stack.enter_context(processes.leaving_with_the_others())
     for step in range(first, settings.steps):
       leave = stopping()
       if leave or step % settings.checkpoint_every == 0:
@@ -138,11 +137,16 @@ def train(
         return loop.outcome(step, finished=False)
       if step in settings.resample_steps:
         loop.check(step)
-        for event in resample(step, run.stopped):
+        try:
+          events = resample(step, run.stopped, stopping)
+        except Preempted:  # Nothing was replaced yet.
+          loop.save(step)
+          return loop.outcome(step, finished=False)
+        for event in events:
           tracker.event(event)
       with jax.transfer_guard('disallow'):
         metrics = run.step(batch)
-      loop.stepped(step + 1, metrics, loader.bytes_read)
+      loop.stepped(step + 1, batch, metrics, loader.bytes_read)
     loop.save(settings.steps)
     return loop.outcome(settings.steps, finished=True)
 
@@ -170,12 +174,16 @@ class _Loop:
     self._metadata = metadata
     self._done = done
     self._ready = None
+    self._batch: dict[str, jax.Array] | None = None
     self._values: dict[str, dict[str, float]] = {}
     for about in run.stopped.values():
       saved.pin(about['last_checkpoint'])
 
-  def stepped(self, step: int, metrics: dict, bytes_read: int) -> None:
+  def stepped(
+    self, step: int, batch: dict, metrics: dict, bytes_read: int
+  ) -> None:
     """Called behind each step, with how many there were."""
+    self._batch = batch
     jax.block_until_ready(self._ready)  # One step ahead of the device, no more.
     self._ready = metrics
     self._progress.update()
@@ -202,17 +210,20 @@ class _Loop:
       self._values = {k: v for k, v in values.items() if k in self._run.alive()}
 
   def check(self, step: int) -> None:
-    """Stops members whose weights are not all numbers."""
+    """Stops members whose weights, or loss with them, are not all numbers."""
     self._logged(self._tracker.flush())
+    if self._batch is None:  # Nothing was trained since the last checkpoint.
+      return
     for group in self._run.groups:
-      for name, fine in group.finite().items():
+      for name, fine in group.sound(self._batch).items():
         if not fine and name in self._run.alive():
-          self._stop(name, step, 'its weights are not all finite')
+          self._stop(name, step, 'its weights or its loss are not all finite')
 
   def _stop(self, name: str, step: int, reason: str) -> None:
     last = self._done[-1]
     about = {'step': step, 'reason': reason, 'last_checkpoint': last}
     self._run.stopped[name] = about
+    self._values.pop(name, None)
     self._saved.pin(last)
     self._tracker.stop(
       {

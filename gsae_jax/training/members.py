@@ -20,6 +20,7 @@ class Member:
   module: nn.Module
   hyper: Hyperparameters  # NumPy scalars.
   seed: int
+  loss_scale: str
 
   @property
   def name(self) -> str:
@@ -45,21 +46,22 @@ def make_member(
   scale = 1.0
   if settings.normalize == 'mean_squared_norm':
     scale = site.mean_squared_norm**-0.5
-  rate, units = config.learning_rate, config.loss_scale
+  rate = config.learning_rate
+  units = config.loss_scale or settings.loss_scale
   hyper = Hyperparameters(
     learning_rate=np.float32(settings.learning_rate if rate is None else rate),
     l1=np.float32(config.l1),
     scale=np.float32(scale),
     error_scale=np.float32(
       error_scale(
-        settings.loss_scale if units is None else units,
+        units,
         width=site.width,
         mean_norm=scale * site.mean_norm,
       )
     ),
   )
   own_seed = seed if config.seed is None else config.seed
-  return Member(config, module, hyper, own_seed)
+  return Member(config, module, hyper, own_seed, units)
 
 
 def make_recipe(settings: TrainConfig) -> Recipe:

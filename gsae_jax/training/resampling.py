@@ -5,6 +5,7 @@ resampled feature starts as at initialisation: biases and r_mag at 0.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.stream import Stream
 from gsae_jax.config import TrainConfig
+from gsae_jax.errors import Preempted
 from gsae_jax.training.groups import Group
 from gsae_jax.training.members import Member
 from gsae_jax.training.schedule import Schedule
@@ -27,15 +29,24 @@ from gsae_jax.training.step import Hyperparameters, losses
 def draw_rows(
   losses_N: np.ndarray, count: int, *, entropy: tuple[int, ...]
 ) -> np.ndarray:
-  """Indices of `count` inputs, each drawn with odds of its loss squared.
+  """Indices of `count` inputs, drawn with odds of their loss squared.
 
-  A function of the losses and of `entropy`: the member's key, and the step.
+  An input is drawn once, unless there are fewer than asked for: two features
+  that start from the same one would stay the same for ever. Those whose loss is
+  not a number are left out. A function of the losses and of `entropy`: the
+  member's key, and the step.
   """
-  odds_N = losses_N.astype(np.float64) ** 2
+  with np.errstate(over='ignore'):
+    odds_N = losses_N.astype(np.float64) ** 2
+  odds_N = np.where(np.isfinite(odds_N), odds_N, 0)
   if not odds_N.any():
     odds_N += 1
-  rng = np.random.default_rng(entropy)
-  return rng.choice(len(odds_N), size=count, p=odds_N / odds_N.sum())
+  with np.errstate(divide='ignore'):
+    score_N = np.log(odds_N)
+  # The largest of log odds plus Gumbel noise are a draw without replacement.
+  score_N += np.random.default_rng(entropy).gumbel(size=len(odds_N))
+  order = np.argsort(-score_N, kind='stable')
+  return np.resize(order[: np.count_nonzero(odds_N)], count)
 
 
 def row_losses(
@@ -121,7 +132,7 @@ class Resampler:
   """Resamples the members of a run.
 
   The subset that losses are computed on is the batches that come next, read
-  twice: for the losses of all members, and for what was drawn.
+  twice for each site: for the losses of all members, and for what was drawn.
   """
 
   def __init__(
@@ -140,17 +151,22 @@ class Resampler:
     self._settings = settings
     self._programs = functools.partial(_programs, schedule=schedule, mesh=mesh)
     self._rows = NamedSharding(mesh, P('data'))
-    self._everywhere = NamedSharding(mesh, P())
 
-  def __call__(self, step: int, stopped: dict[str, Any]) -> list[dict]:
+  def __call__(
+    self, step: int, stopped: dict[str, Any], leaving: Callable[[], bool]
+  ) -> list[dict[str, Any]]:
     """Replaces every member's dead features.
 
     Args:
       step: of the run.
       stopped: members to leave alone, by name.
+      leaving: asked between batches.
 
     Returns:
       a record of each event.
+
+    Raises:
+      Preempted: `leaving` said so; nothing was replaced.
     """
     members, states = {}, {}
     for group in self._groups:
@@ -162,14 +178,17 @@ class Resampler:
       silent_F = jax.device_get(silent(states[name]))
       dead[name] = silent_F >= self._settings.dead_after
     dying = {k: m for k, m in members.items() if dead[k].any()}
-    if dying:
-      for name, drawn_FD in self._draw(step, dying, dead, states).items():
-        states[name] = self._replace(
-          dying[name], states[name], dead[name], drawn_FD
-        )
-      for group in self._groups:
-        if dying.keys() & set(group.names):
-          group.put(states)
+    drawn = {}
+    for site in dict.fromkeys(m.config.site for m in dying.values()):
+      own = [m for m in dying.values() if m.config.site == site]
+      drawn |= self._draw(step, site, own, dead, states, leaving)
+    for name, drawn_FD in drawn.items():
+      states[name] = self._replace(
+        dying[name], states[name], dead[name], drawn_FD
+      )
+    for group in self._groups:
+      if dying.keys() & set(group.names):
+        group.put(states)
     return [
       {
         'step': step,
@@ -183,39 +202,48 @@ class Resampler:
   def _draw(
     self,
     step: int,
-    dying: dict[str, Member],
+    site: str,
+    members: list[Member],
     dead: dict[str, np.ndarray],
     states: dict[str, MemberState],
+    leaving: Callable[[], bool],
   ) -> dict[str, np.ndarray]:
-    """For each member, inputs `[F, D]` in the rows of its dead features."""
+    """For each member of a site, inputs `[F, D]` in its dead features' rows."""
     size = self._settings.batch_size
     batches = range(step, step + self._settings.resample_rows // size)
-    losses = {name: [] for name in dying}
-    for b in batches:
-      for name, m in dying.items():
-        x_BD = _global(self._loader.rows_at(b, m.config.site), self._rows)
+    losses = {m.name: [] for m in members}
+    for x_BD in self._rows_of(site, batches, leaving):
+      x_BD = _global(x_BD, self._rows)
+      for m in members:
         _, row_losses, _ = self._programs(m.module)
-        losses[name].append(
-          jax.device_get(row_losses(states[name], m.hyper, x_BD))
+        losses[m.name].append(
+          jax.device_get(row_losses(states[m.name], m.hyper, x_BD))
         )
-    drawn, found = {}, {}
-    for name, m in dying.items():
-      rng = jax.device_get(states[name].rng).tolist()
-      drawn[name] = draw_rows(
-        np.concatenate(losses[name]),
-        int(dead[name].sum()),
+    rows, found = {}, {}
+    for m in members:
+      rng = jax.device_get(states[m.name].rng).tolist()
+      rows[m.name] = draw_rows(
+        np.concatenate(losses[m.name]),
+        int(dead[m.name].sum()),
         entropy=(*rng, step),
       )
-      found[name] = np.zeros((m.module.features, m.module.width), np.float32)
-    for b in batches:
-      for name, m in dying.items():
-        batch_of, row_of = np.divmod(drawn[name], size)
-        here = batch_of == b - step
-        if here.any():
-          x_BD = self._loader.rows_at(b, m.config.site)
-          features = np.flatnonzero(dead[name])[here]
-          found[name][features] = x_BD[row_of[here]]
+      shape = m.module.features, m.module.width
+      found[m.name] = np.zeros(shape, np.float32)
+    for i, x_BD in enumerate(self._rows_of(site, batches, leaving)):
+      for m in members:
+        batch_of, row_of = np.divmod(rows[m.name], size)
+        here = batch_of == i
+        features = np.flatnonzero(dead[m.name])[here]
+        found[m.name][features] = x_BD[row_of[here]]
     return found
+
+  def _rows_of(
+    self, site: str, batches: range, leaving: Callable[[], bool]
+  ) -> Iterator[np.ndarray]:
+    for step in batches:
+      if leaving():
+        raise Preempted
+      yield self._loader.rows_at(step, site)
 
   def _replace(
     self, m: Member, state: MemberState, dead_F, drawn_FD
@@ -224,7 +252,7 @@ class Resampler:
     where = jax.tree.map(lambda a: a.sharding, state)
     fresh = resample(
       state,
-      _global(dead_F, self._everywhere),
-      _global(drawn_FD * float(m.hyper.scale), self._everywhere),
+      _global(dead_F, where.steps_since_fired),
+      _global(drawn_FD * m.hyper.scale, where.params['W_dec']),
     )
     return jax.device_put(fresh, where)

@@ -77,7 +77,10 @@ class Run:
       if float(scale) != there[name]['scale']:  # Another store, or normalize.
         raw = found[name]['params']
         state = state._replace(params=state_lib.fold_scale(raw, 1 / scale))
-      states[name] = state
+      # Another seed by permission draws what resampling draws from here on.
+      key = state_lib.key_data(self.members[name][0].seed)
+      rng = jax.device_put(key, state.rng.sharding)
+      states[name] = state._replace(rng=rng)
     for group in self.groups:
       for m in group.members:
         if m.name in self.stopped:  # Its place in a stack is filled.
@@ -94,6 +97,8 @@ class Run:
         dataclasses.asdict(m.config)
         | {
           'seed': m.seed,
+          'learning_rate': float(m.hyper.learning_rate),
+          'loss_scale': m.loss_scale,
           'width': site.width,
           'scale': float(m.hyper.scale),
           'error_scale': float(m.hyper.error_scale),

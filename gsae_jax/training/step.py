@@ -171,3 +171,29 @@ def train_step(
     steps_since_fired=silent_F,
     fired_counts=counted_F + fired_F,
   ), metrics
+
+
+def is_sound(
+  state: MemberState,
+  x_BD: jax.Array,
+  hyper: Hyperparameters,
+  *,
+  module: nn.Module,
+  recipe: Recipe,
+) -> jax.Array:
+  """Whether a state, and its loss on a batch, are all numbers.
+
+  Weights may be finite, and every loss with them not.
+
+  Args:
+    state: the member's.
+    x_BD: `[B, D]` raw activations.
+    hyper: the member's.
+    module: the architecture.
+    recipe: the run's.
+  """
+  x_BD = x_BD.astype(jnp.float32) * hyper.scale
+  l1 = hyper.l1 * recipe.schedule.l1(state.step)
+  loss_B, _ = losses(module, state.params, x_BD, l1, hyper.error_scale)
+  leaves = [loss_B, *jax.tree.leaves((state.params, state.opt_state.nu))]
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -204,7 +204,7 @@ class _TensorBoard:
       folder = epath.Path(self._local.name)
     # What a killed run wrote past its checkpoint is hidden by what comes.
     self._writer = tensorboardX.SummaryWriter(
-      os.fspath(folder), purge_step=resumed_at + 1 if resumed_at else None
+      os.fspath(folder), purge_step=resumed_at + 1
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:

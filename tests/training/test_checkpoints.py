@@ -16,7 +16,7 @@ from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.groups import make_groups
 from gsae_jax.training.records import read_metrics
 from gsae_jax.training.run import Run
-from gsae_jax.training.state import fold_scale
+from gsae_jax.training.state import fold_scale, key_data
 from tests.commands import metrics_of
 from tests.training.conftest import (
   member,
@@ -39,19 +39,18 @@ def train(
   **kwargs,
 ):
   """Runs the real loop; returns the lines of metrics.jsonl."""
-  asked = iter(range(10**9))
-  start = [None]
+  loader = open_loader(store, members, train)
+  at = [-1]
+  inner = loader.batches
 
-  def preempted():
-    # The loop asks before each step; count from where it started.
-    if start[0] is None:
-      start[0] = next(asked)
-      steps = Checkpoints(str(workdir)).steps()
-      start[0] = steps[-1] if steps else 0
-    else:
-      start[0] += 1
-    return stop_at is not None and start[0] >= stop_at
+  def batches(sharding, *, start):
+    for at[0], batch in enumerate(inner(sharding, start=start), start + 1):
+      yield batch
 
+  loader.batches = batches
+  if stop_at is not None:
+    steps = Checkpoints(str(workdir)).steps()
+    at[0] = steps[-1] if steps else 0
   metadata = {
     'schema': 2,
     'config': {'seed': 0, 'train': {'batch_size': train.batch_size}},
@@ -61,14 +60,14 @@ def train(
   }
   outcome = loop.train(
     store,
-    open_loader(store, members, train),
+    loader,
     members,
     train,
     mesh=mesh or make_mesh(1, -1),
     seed=0,
     workdir=str(workdir),
     metadata=metadata | (meta or {}),
-    preempted=preempted,
+    preempted=lambda: stop_at is not None and at[0] >= stop_at,
     **kwargs,
   )
   assert outcome.finished == (stop_at is None)
@@ -351,7 +350,7 @@ def test_a_member_that_diverges_is_stopped_and_the_others_go_on(
   # Its weights are looked at before they are saved; the last sound ones stay.
   assert event == {
     'step': 5, 'tokens': 640, 'member': 'w', 'last_checkpoint': 0,
-    'stopped': 'its weights are not all finite',
+    'stopped': 'its weights or its loss are not all finite',
   }  # fmt: skip
   assert not any(e['member'] == 'w' for e in lines if e['step'] > 5)
   alone = train(store, tmp_path / 'alone', MEMBERS, s)
@@ -377,6 +376,69 @@ def test_a_run_without_a_member_goes_on_without_it(store, tmp_path):
     assert train(store, tmp_path / f'{stack}2', members, s) == whole
     (event,) = [e for e in whole if 'stopped' in e]
     assert event['stopped'] == 'its loss is nan' and event['step'] == 2
+
+
+def test_weights_that_are_finite_with_a_loss_that_is_not_are_not_saved(
+  store, tmp_path
+):
+  # r_mag beyond what exp can say.
+  for rate in (1e4, 1e12):
+    wild = member('w', learning_rate=rate)
+    s = settings(steps=2, checkpoint_every=1, warmup_steps=0)
+    folder = tmp_path / f'{rate:g}'
+    lines = train(store, folder, (wild, *MEMBERS), s)
+    (event,) = [e for e in lines if 'stopped' in e]
+    assert event['step'] == 1 and event['last_checkpoint'] == 0
+    w = load(str(folder), member='w', step=0)
+    assert np.isfinite(w.params['W_dec']).all()
+
+
+def test_a_stopped_member_cannot_be_changed_and_go_on(store, tmp_path):
+  members = (member('w', learning_rate=1e30), *MEMBERS)
+  meta = lambda rate: {'identity': {'saes': {'w': {'learning_rate': rate}}}}
+  train(store, tmp_path, members, settings(), meta=meta(1e30), stop_at=20)
+  slower = (member('w', learning_rate=1e-3), *MEMBERS)
+  with pytest.raises(
+    UserError, match="member 'w' was stopped at step 2 and doe"
+  ):
+    train(
+      store, tmp_path, slower, settings(), meta=meta(1e-3),
+      allowed=('saes.w.learning_rate',),
+    )  # fmt: skip
+
+
+def test_another_seed_by_permission_is_the_one_that_is_recorded(
+  store, tmp_path
+):
+  train(store, tmp_path, (member(seed=0),), settings(), stop_at=10)
+  other = {'identity': {'seed': 1}}
+  train(
+    store, tmp_path, (member(seed=1),), settings(), meta=other,
+    allowed=('seed',),
+  )  # fmt: skip
+  state = params_at(tmp_path, 30, store, (member(seed=1),), mesh_of())['a']
+  np.testing.assert_array_equal(state.rng, key_data(1))
+  assert load(str(tmp_path)).config['seed'] == 1
+
+
+def test_what_followed_the_run_is_recorded_as_the_runs(store, tmp_path):
+  one, two = member(), member('b', learning_rate=1e-3, loss_scale='mean')
+  train(store, tmp_path, (one, two), settings(steps=2))
+  a, b = (load(str(tmp_path), member=name).config for name in 'ab')
+  assert (a['learning_rate'], a['loss_scale']) == (np.float32(3e-3), 'sum')
+  assert (b['learning_rate'], b['loss_scale']) == (np.float32(1e-3), 'mean')
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(
+  store, tmp_path, monkeypatch
+):
+  def full(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  train(store, tmp_path, MEMBERS, settings(), stop_at=10)
+  monkeypatch.setattr('orbax.checkpoint.CheckpointManager.save', full)
+  with pytest.raises(UserError, match='cannot save .*No space left .*goes on'):
+    train(store, tmp_path, MEMBERS, settings())
 
 
 def test_when_every_member_diverges_the_run_fails(store, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsae_jax.errors import Preempted
 from gsae_jax.training import resampling
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.members import make_recipe
@@ -25,13 +26,32 @@ from tests.training.test_checkpoints import train
 
 def test_draws_have_odds_of_the_loss_squared():
   losses = np.array([1.0, 2.0, 3.0, 0.0])
-  drawn = resampling.draw_rows(losses, 20_000, entropy=(1, 2))
-  share = np.bincount(drawn, minlength=4) / 20_000
-  np.testing.assert_allclose(share, np.array([1, 4, 9, 0]) / 14, atol=0.015)
-  again = resampling.draw_rows(losses, 20_000, entropy=(1, 2))
-  np.testing.assert_array_equal(drawn, again)
-  other = resampling.draw_rows(losses, 20_000, entropy=(1, 3))
-  assert np.any(drawn != other)
+  draw = lambda seed: resampling.draw_rows(losses, 2, entropy=(1, seed))
+  drawn = np.array([draw(seed) for seed in range(4000)])
+  first = np.bincount(drawn[:, 0], minlength=4) / len(drawn)
+  np.testing.assert_allclose(first, np.array([1, 4, 9, 0]) / 14, atol=0.025)
+  # The second is one of the others, with the same odds among them.
+  behind = drawn[drawn[:, 0] == 2, 1]
+  share = np.bincount(behind, minlength=4) / len(behind)
+  np.testing.assert_allclose(share, [0.2, 0.8, 0, 0], atol=0.03)
+  np.testing.assert_array_equal(draw(7), draw(7))
+
+
+def test_an_input_is_drawn_once_as_long_as_there_are_others():
+  # Or two features would start, and stay, the same.
+  losses = np.random.default_rng(0).exponential(size=500) ** 4
+  drawn = resampling.draw_rows(losses, 400, entropy=(3,))
+  assert len(set(drawn)) == 400
+  few = np.zeros(500)
+  few[[3, 8]] = 1.0
+  drawn = resampling.draw_rows(few, 5, entropy=(3,))
+  assert sorted(np.bincount(drawn)[[3, 8]]) == [2, 3]
+
+
+def test_inputs_whose_loss_is_not_a_number_are_not_drawn():
+  losses = np.array([1.0, np.nan, 2.0, np.inf, 1e200])
+  drawn = resampling.draw_rows(losses, 2, entropy=(0,))
+  assert set(drawn) == {0, 2}
 
 
 def test_dead_features_start_anew_and_the_others_do_not_move(store, rng):
@@ -140,7 +160,7 @@ def test_dead_features_are_revived_and_only_they_are_touched(
   resample = resampling.Resampler(
     run.groups, loader, s, make_recipe(s).schedule, mesh
   )
-  (event,) = resample(12, {})
+  (event,) = resample(12, {}, lambda: False)
   assert event == {
     'step': 12, 'tokens': 12 * 128, 'member': 'a', 'resampled': 16
   }  # fmt: skip
@@ -196,7 +216,7 @@ def test_draws_are_of_the_members_own_seed(store):
     run.groups, open_loader(store, members, s), s, make_recipe(s).schedule,
     mesh_of(),
   )  # fmt: skip
-  resample(5, {})
+  resample(5, {}, lambda: False)
   a, b, c = (np.asarray(states(run)[k].params['W_dec']) for k in 'abc')
   np.testing.assert_array_equal(a, b)
   assert (a != c).any(1).sum() > 10
@@ -208,3 +228,42 @@ def test_draws_are_of_the_members_own_seed(store):
 def test_inputs_without_loss_are_drawn_alike():
   drawn = resampling.draw_rows(np.zeros(4), 1000, entropy=(1,))
   assert np.bincount(drawn, minlength=4).min() > 200
+
+
+def test_each_batch_is_read_twice_for_a_site_whoever_is_dying(store):
+  members = (
+    member('a'), member('b', site='mlp_out.0'), member('c'), member('d', l1=1.0)
+  )  # fmt: skip
+  s = settings(dead_after=1)
+  run = start(store, members, s)
+  for group in run.groups:
+    (name,) = group.names
+    state = group.states()[name]
+    silent = state.steps_since_fired.at[::4].set(100)
+    group.put({name: state._replace(steps_since_fired=silent)})
+  inner, asked = open_loader(store, members, s), []
+
+  class Counting:
+    def rows_at(self, step, site):
+      asked.append((site, step))
+      return inner.rows_at(step, site)
+
+  resample = resampling.Resampler(
+    run.groups, Counting(), s, make_recipe(s).schedule, mesh_of()
+  )
+  before = jax.device_get(states(run))
+  # Whoever is asked to leave in the middle has replaced nothing.
+  answers = iter([False] * 9 + [True])
+  with pytest.raises(Preempted):
+    resample(3, {}, lambda: next(answers))
+  jax.tree.map(
+    np.testing.assert_array_equal, before, jax.device_get(states(run))
+  )
+  asked.clear()
+  resample(3, {}, lambda: False)
+  once = [3, 4, 5, 6]  # 512 rows in batches of 128.
+  assert asked == [
+    (site, step)
+    for site in ('resid_post.0', 'mlp_out.0')
+    for step in once + once
+  ]

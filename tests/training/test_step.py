@@ -101,7 +101,7 @@ def test_normalisation_makes_units_irrelevant(store):
   assert raw['b'][0] > 3 * raw['a'][0]
 
 
-def test_decoder_rows_stay_unit_and_l0_falls_with_l1(store):
+def test_decoder_rows_stay_unit_and_gates_shut_with_l1(store):
   members = (member('low', l1=0.01), member('high', l1=1.0))
   _, trained, _ = run_steps(store, members, settings(steps=60))
   for state in trained.values():

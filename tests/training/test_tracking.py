@@ -64,13 +64,17 @@ def test_scalars_reach_the_file_and_tensorboard(tmp_path):
   }
 
 
-def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
+@pytest.mark.parametrize('resumed_at', [0, 5])
+def test_tensorboard_forgets_what_came_after_the_checkpoint(
+  resumed_at, tmp_path
+):
   with Tracker(
-    str(tmp_path), resumed_at=5, writers=('tensorboard',), config={}
+    str(tmp_path), resumed_at=resumed_at, writers=('tensorboard',), config={}
   ):
     pass
   written = events(tmp_path / 'tensorboard')
-  assert [e.step for e in written if e.HasField('session_log')] == [6]
+  starts = [e.step for e in written if e.HasField('session_log')]
+  assert starts == [resumed_at + 1]
 
 
 def test_what_is_not_a_number_is_told_and_not_written(tmp_path):
