@@ -28,6 +28,12 @@ def at_least(field: str, value: float, least: float) -> None:
     )
 
 
+def seed(field: str, value: int) -> None:
+  at_least(field, value, 0)
+  if value >= 2**32:  # JAX would leave out the bits above.
+    raise UserError(f'config field {field}: {value} is not below 2**32')
+
+
 def multiple(field: str, value: int, of: str, unit: int) -> None:
   if value % unit:
     raise UserError(

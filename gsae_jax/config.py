@@ -129,7 +129,7 @@ class MemberConfig:
     checks.at_least('saes[].features', self.features, 1)
     checks.at_least('saes[].l1', self.l1, 0)
     if self.seed is not None:
-      checks.at_least('saes[].seed', self.seed, 0)
+      checks.seed('saes[].seed', self.seed)
     if self.learning_rate is not None:
       checks.positive('saes[].learning_rate', self.learning_rate)
     if self.name in ('', '.', '..') or set(self.name) & set('/\\ \t\n'):
@@ -263,7 +263,7 @@ class Config:
   mesh: MeshConfig
 
   def __post_init__(self):
-    checks.at_least('seed', self.seed, 0)
+    checks.seed('seed', self.seed)
     lists = {'sites': self.sites, 'saes': tuple(s.name for s in self.saes)}
     for field, values in lists.items():
       if not values:

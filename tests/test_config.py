@@ -78,6 +78,8 @@ def sae(**changes):
     (put('train.checkpoints_kept', 0), 'checkpoints_kept: 0 is too small'),
     (put('train.resample_steps', (7000,)), '7000 is not between 0 and train.ste'),
     (sae(seed=-1), 'seed: -1 is too small'),
+    (sae(seed=2**32), 'seed: 4294967296 is not below'),
+    (put('seed', 2**40), 'field seed: 1099511627776 is not below'),
     (sae(learning_rate=0.0), 'learning_rate must be more than 0'),
     (sae(l1=float('inf')), 'l1: inf is not a number'),
     (sae(name='..'), "'..' must be a word without slashes"),

@@ -8,7 +8,7 @@ from gsae_jax.evaluation import figures, pareto
 from gsae_jax.evaluation.pareto import Record
 
 LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
-COLOURS = 8  # Of other kinds, in the style sheet.
+COLOURS = 12  # Of other kinds, in the style sheet.
 
 
 def render(

@@ -22,6 +22,9 @@ from gsae_jax.errors import UserError
 
 SCHEMA = 2
 
+# What cannot change within a run: shapes, and what tokens are counted by.
+_FIXED = {'architecture', 'site', 'features', 'encoder', 'batch_size'}
+
 
 def _reason(e: Exception) -> str:
   first = next(iter(str(e).splitlines()), '')[:200]
@@ -75,16 +78,16 @@ class Checkpoints:
         f'--workdir: no checkpoints at {self.path}; run gsae_jax.train first'
       )
     self._pinned: set[int] = set()
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=_Preserved(kept, keep_every, self._pinned),
-      read_only=read_only,
-      create=not read_only,
-    )
     absl_logger = logging.getLogger('absl')
     level = absl_logger.level
     if read_only:  # Of which Orbax would warn every reader.
       absl_logger.setLevel(logging.ERROR)
     try:
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=_Preserved(kept, keep_every, self._pinned),
+        read_only=read_only,
+        create=not read_only,
+      )
       self._manager = ocp.CheckpointManager(
         self.path, options=options, item_names=('state', 'metadata')
       )
@@ -220,6 +223,11 @@ def check_metadata(
   found = []
   for line in differences(there, here):
     field = line.split(' ', 1)[0]
+    if field.rpartition('.')[2] in _FIXED:
+      raise UserError(
+        f'--workdir: {where} holds checkpoints of another config ({line}), and '
+        'this field cannot change within a run; give another folder'
+      )
     if any(f'{field}.'.startswith(f'{name}.') for name in allowed):
       for name, about in have['stopped'].items():
         if f'{field}.'.startswith(f'saes.{name}.'):

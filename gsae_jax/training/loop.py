@@ -111,7 +111,7 @@ def train(
           stopped=run.stopped,
         )
       )
-    for change in changes:
+    for change in changes if first < settings.steps else ():
       tracker.event({'step': first, 'member': None, 'config_change': change})
     progress = stack.enter_context(
       Progress(
@@ -234,6 +234,7 @@ class _Loop:
         'last_checkpoint': last,
       }
     )
+    self._progress.say(tell_stopped({name: about}))
     if not self._run.alive():
       raise UserError(
         f'saes: {tell_stopped(self._run.stopped)}; no member is left. Lower the '

@@ -84,6 +84,11 @@ class Progress:
       values['device_memory_bytes'] = device['bytes_in_use']
     return values
 
+  def say(self, text: str) -> None:
+    """Prints a line of its own."""
+    if not self._silent:
+      self._bar.write(text, file=sys.stderr)
+
   def show(self, values: dict[str, dict[str, Any]]) -> None:
     """Tells of the latest values, by member."""
     if not values or self._silent:

@@ -251,14 +251,19 @@ class _Wandb:
       ) from e
     self._histogram = wandb.Histogram
     # The folder is the run: started again, it goes on in the same one.
-    self._run = wandb.init(
-      project='gsae_jax',
-      name=folder.name,
-      id=hashlib.sha256(os.fspath(folder).encode()).hexdigest()[:16],
-      resume='allow',
-      config=config,
-      dir=None if paths.is_remote(folder) else os.fspath(folder),
-    )
+    try:
+      self._run = wandb.init(
+        project='gsae_jax',
+        name=folder.name,
+        id=hashlib.sha256(os.fspath(folder).encode()).hexdigest()[:16],
+        resume='allow',
+        config=config,
+        dir=None if paths.is_remote(folder) else os.fspath(folder),
+      )
+    except wandb.Error as e:
+      raise UserError(
+        f"train.writers: 'wandb': {e}; run `wandb login`, or set WANDB_MODE=offline"
+      ) from e
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     self._run.log(scalars, step=step)

@@ -297,6 +297,18 @@ def test_a_change_of_shape_cannot_be_allowed(store, tmp_path):
       train(store, tmp_path, other, settings(), allowed=('seed',))
 
 
+def test_what_tokens_are_counted_by_cannot_be_allowed(store, tmp_path):
+  meta = lambda size: {'identity': {'train': {'batch_size': size}}}
+  train(store, tmp_path, MEMBERS, settings(), stop_at=10, meta=meta(128))
+  with pytest.raises(
+    UserError, match='batch_size is 128 there and 64 here.*can'
+  ):
+    train(
+      store, tmp_path, MEMBERS, settings(batch_size=64), meta=meta(64),
+      allowed=('train',),
+    )  # fmt: skip
+
+
 def test_another_store_by_permission_brings_its_own_scale(
   store, tmp_path, tmp_path_factory
 ):
@@ -341,12 +353,13 @@ def test_object_storage_that_orbax_cannot_write_is_refused():
 
 
 def test_a_member_that_diverges_is_stopped_and_the_others_go_on(
-  store, tmp_path
+  store, tmp_path, capsys
 ):
   wild = member('w', learning_rate=1e30)
   s = settings(checkpoint_every=5, checkpoints_kept=1, log_every=15)
   lines = train(store, tmp_path / 'run', (wild, *MEMBERS), s)
   (event,) = [e for e in lines if 'stopped' in e]
+  assert "member 'w' diverged at step 5: its weights" in capsys.readouterr().err
   # Its weights are looked at before they are saved; the last sound ones stay.
   assert event == {
     'step': 5, 'tokens': 640, 'member': 'w', 'last_checkpoint': 0,

@@ -118,9 +118,9 @@ def test_a_resumed_run_resamples_alike(store, tmp_path):
   members = (member(l1=30.0),)
   s = settings(resample_steps=(30,), **DYING)
   whole = train(store, tmp_path / 'whole', members, s)
-  train(store, tmp_path / 'cut', members, s, stop_at=31)
+  train(store, tmp_path / 'cut', members, s, stop_at=32)
   # As if killed behind the event: the checkpoint at 30 is the latest.
-  shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '31')
+  shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '32')
   assert train(store, tmp_path / 'cut', members, s) == whole
   shapes = {'W_dec': [64, 16], 'W_gate': [16, 64]}
   saved = []

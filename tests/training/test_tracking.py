@@ -153,6 +153,7 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
   )
   fake = types.ModuleType('wandb')
   fake.Histogram = dict
+  fake.Error = RuntimeError
   fake.init = lambda **k: (
     calls.append((k['name'], k['config'])) or (ids.append(k['id']) or run)
   )
@@ -173,6 +174,15 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
     ):
       pass
   assert ids[0] == ids[1] != ids[2]
+
+  def refuse(**kwargs):
+    raise RuntimeError('No API key configured')
+
+  fake.init = refuse
+  with pytest.raises(
+    UserError, match='No API key configured; run `wandb login'
+  ):
+    Tracker(str(tmp_path / 'x'), resumed_at=0, writers=('wandb',), config={})
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match="'wandb' is not installed; pip install"):
     Tracker(str(tmp_path / 'x'), resumed_at=0, writers=('wandb',), config={})
