@@ -13,7 +13,7 @@ from tests.test_processes import start_both
 
 CONFIG = 'experiments/quickstart.py'
 SETTINGS = (
-  '--config.store.tokens=300000',
+  '--config.store.tokens=900000',
   '--config.store.shard_rows=1024',
   '--config.store.buffer_rows=4096',
 )

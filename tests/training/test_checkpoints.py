@@ -380,6 +380,7 @@ def test_a_member_that_diverges_is_stopped_and_the_others_go_on(
   assert load(str(tmp_path / 'run'), member='w', step=0).config['name'] == 'w'
 
 
+@pytest.mark.slow
 def test_a_run_without_a_member_goes_on_without_it(store, tmp_path):
   members = (member('w', learning_rate=1e30), *MEMBERS)
   for stack in ('looped', 'stacked'):

@@ -96,6 +96,7 @@ def test_groups_are_of_equal_shape_only(store):
     make_groups(SWEEP[:3], settings(), store, mesh_of(sae=2), 0)
 
 
+@pytest.mark.slow
 def test_a_stack_goes_on_as_members_on_their_own_and_back(store, tmp_path):
   meshes = mesh_of(sae=2, model=2), mesh_of(data=4), mesh_of(sae=4)
   modes = 'stacked', 'looped', 'auto'

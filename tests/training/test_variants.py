@@ -87,6 +87,7 @@ def test_frozen_features_are_not_resampled(store, baseline, tmp_path):
   assert not any('resampled' in r for r in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'variant', [v for v in reference.VARIANTS if v != 'rescale_shift']
 )
