@@ -19,8 +19,8 @@ from gsae_jax.training.members import Member, make_member, make_recipe
 from gsae_jax.training.state import MemberState
 from gsae_jax.training.step import Recipe, is_sound, train_step
 
-# D * F * B below which a device is kept busy better by several SAEs at once:
-# launching kernels costs as much as running them (measured on an H200).
+# D * F * B below which several SAEs at once should keep a device busier: an
+# estimate from what launching kernels takes on an H200, not a measurement.
 _WORTH_STACKING = 1e11
 
 Baseline = Callable[[MemberConfig], dict[str, np.ndarray]]

@@ -125,25 +125,19 @@ def train(
     stopping = processes.Ballot(preempted)
     batches = loader.batches(NamedSharding(mesh, P('data')), start=first)
     for step in range(first, settings.steps):
-      leave = stopping()
-      if leave or step % settings.checkpoint_every == 0:
-        loop.save(step)
-      if leave:
-        return loop.outcome(step, finished=False)
       try:
-        batch = next(batches)
-      except Preempted:  # While a stream was filling its buffer.
+        if stopping():
+          raise Preempted
+        if step % settings.checkpoint_every == 0:
+          loop.save(step)
+        batch = next(batches)  # A stream may be left while it fills its buffer.
+        if step in settings.resample_steps:
+          loop.check(step)
+          for event in resample(step, run.stopped, stopping):
+            tracker.event(event)
+      except Preempted:  # Nothing of this step was done.
         loop.save(step)
         return loop.outcome(step, finished=False)
-      if step in settings.resample_steps:
-        loop.check(step)
-        try:
-          events = resample(step, run.stopped, stopping)
-        except Preempted:  # Nothing was replaced yet.
-          loop.save(step)
-          return loop.outcome(step, finished=False)
-        for event in events:
-          tracker.event(event)
       with jax.transfer_guard('disallow'):
         metrics = run.step(batch)
       loop.stepped(step + 1, batch, metrics, loader.bytes_read)

@@ -309,6 +309,22 @@ def test_what_tokens_are_counted_by_cannot_be_allowed(store, tmp_path):
     )  # fmt: skip
 
 
+def test_a_member_may_be_left_out_by_permission(store, tmp_path):
+  meta = lambda *names: {'identity': {'saes': dict.fromkeys(names, {'l1': 1})}}
+  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
+  run = tmp_path / 'run'
+  train(store, run, MEMBERS, settings(), stop_at=10, meta=meta('g', 'r'))
+  with pytest.raises(UserError, match='saes.r is .* there and None here'):
+    train(store, run, MEMBERS[:1], settings(), meta=meta('g'))
+  lines = train(
+    store, run, MEMBERS[:1], settings(), meta=meta('g'), allowed=('saes.r',)
+  )
+  assert [r for r in lines if r['member'] == 'g'] == [
+    r for r in whole if r['member'] == 'g'
+  ]
+  assert max(r['step'] for r in lines if r['member'] == 'r') == 10
+
+
 def test_another_store_by_permission_brings_its_own_scale(
   store, tmp_path, tmp_path_factory
 ):

@@ -84,8 +84,7 @@ def test_every_weight_is_where_float64_puts_it(variant):
   assert furthest(last, by_reference(variant, first, batches)) <= bound
 
 
-# What must fail the test above: each leaves the paper in one thing, at equal or
-# nearly equal losses.
+# What must fail the test above: each leaves the paper in one thing.
 @pytest.mark.parametrize('variant', ['unfrozen', 'centre', 'no_r_mag'])
 def test_another_loss_does_not_pass_for_the_papers(variant):
   batches = activations()
