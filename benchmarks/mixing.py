@@ -36,6 +36,7 @@ def harvest(path: str, buffer_rows: int) -> None:
     sites=(SITE,),
     seed=c.seed,
     devices=jax.local_devices(),
+    model=1,
   )
   with StoreWriter(
     path,

@@ -30,6 +30,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.lm.path = 'embedded'  # Or a Hugging Face folder, or a hub id.
   c.lm.revision = config_dict.placeholder(str)  # Of a hub id.
   c.lm.dtype = 'float32'  # Or 'bfloat16'.
+  # How the model lies on devices: 'replicated', 'tensor' (heads and MLP over
+  # mesh.model), 'fully_sharded' (over mesh.data, too); 'auto': the first where it
+  # fits, else the last.
+  c.lm.layout = 'auto'
 
   c.text = ml_collections.ConfigDict()
   c.text.path = 'stdlib'  # Or a text file, or a glob of them.
@@ -128,7 +132,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval = ml_collections.ConfigDict()
   c.eval.tokens = 32_768
   c.eval.batch_size = 32  # Contexts per pass, over all devices.
-  c.eval.parallel = 'pmap'  # Or 'mesh'; the same numbers.
+  # 'pmap' or 'mesh', the same numbers; 'auto' is pmap where devices hold the
+  # whole language model.
+  c.eval.parallel = 'auto'
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.sae = 1  # SAEs of equal shape; nothing is sent along this axis.

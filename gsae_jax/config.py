@@ -13,6 +13,7 @@ import ml_collections
 
 from gsae_jax import checks
 from gsae_jax.errors import UserError
+from gsae_jax.lm.layouts import LAYOUTS
 from gsae_jax.parsing import parse_dataclass, plain
 from gsae_jax.sae import ARCHITECTURES, VARIANTS, has
 from gsae_jax.sae.gated import ENCODERS
@@ -24,9 +25,11 @@ class LMConfig:
   path: str
   revision: str | None
   dtype: str
+  layout: str
 
   def __post_init__(self):
     checks.choice('lm.dtype', self.dtype, ('float32', 'bfloat16'))
+    checks.choice('lm.layout', self.layout, LAYOUTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +238,7 @@ class EvalConfig:
   parallel: str
 
   def __post_init__(self):
-    checks.choice('eval.parallel', self.parallel, ('pmap', 'mesh'))
+    checks.choice('eval.parallel', self.parallel, ('pmap', 'mesh', 'auto'))
     checks.at_least('eval.tokens', self.tokens, 1)
     checks.at_least('eval.batch_size', self.batch_size, 1)
 

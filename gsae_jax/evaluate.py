@@ -23,6 +23,7 @@ from gsae_jax.errors import PREEMPTED, UserError
 from gsae_jax.evaluation import metrics, pareto, splice
 from gsae_jax.evaluation.records import read_evaluations, read_records
 from gsae_jax.lm import text as text_lib
+from gsae_jax.lm.layouts import make_layout
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.sae import make_module, variant
 from gsae_jax.training.checkpoints import Checkpoints
@@ -49,12 +50,16 @@ def make_evaluator(
     UserError: the language model or the token policy is not the one that the
       SAEs were trained with.
   """
-  if config.eval.batch_size % jax.device_count():
-    raise UserError(
-      f'eval.batch_size: {config.eval.batch_size} is not divisible by '
-      f'{jax.device_count()} devices'
-    )
-  lm = load_language_model(**dataclasses.asdict(config.lm))
+  lm = load_language_model(
+    config.lm.path, revision=config.lm.revision, dtype=config.lm.dtype
+  )
+  layout = make_layout(
+    config.lm.layout,
+    lm.module.config,
+    lm.bytes,
+    jax.local_devices(),
+    config.mesh.model,
+  )
   text = dataclasses.asdict(config.text)
   here = {'lm': lm.identity, 'text': dict(text)}
   there = {
@@ -83,6 +88,7 @@ def make_evaluator(
     tokens=config.eval.tokens,
     batch_size=config.eval.batch_size,
     parallel=config.eval.parallel,
+    layout=layout,
   )
 
 

@@ -119,6 +119,7 @@ def main() -> int:
       sites=config.sites,
       seed=config.seed,
       devices=jax.local_devices(),
+      model=config.mesh.model,
     )
   with open_writer(config, source, identity, provenance) as writer:
     fill(writer, source, preempted)

@@ -45,10 +45,10 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def is_lm_of(store: Store, lm: config_lib.LMConfig) -> bool:
   """Whether a model at another path is the one that filled the store."""
-  return (
-    load_language_model(**dataclasses.asdict(lm)).identity
-    == store.identity['lm']
+  opened = load_language_model(
+    lm.path, revision=lm.revision, dtype=lm.dtype
   )
+  return opened.identity == store.identity['lm']
 
 
 def check_store(config: config_lib.Config, store: Store) -> None:
@@ -138,6 +138,7 @@ def _open_stream(
     sites=sites,
     seed=config.seed,
     devices=jax.local_devices(),
+    model=config.mesh.model,
   )
   return Stream(
     source,

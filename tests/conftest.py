@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 from gsae_jax.lm import text  # noqa: E402
+from gsae_jax.lm.layouts import make_layout  # noqa: E402
 from gsae_jax.lm.weights import load_language_model  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,6 +33,12 @@ def pytest_configure(config):
 @pytest.fixture(scope='session')
 def embedded():
   return load_language_model('embedded', revision=None, dtype='float32')
+
+
+def layout_of(lm, kind='replicated', *, model=1, devices=None):
+  """The model on so many of the fake devices; all, if it is not said."""
+  devices = jax.local_devices()[:devices]
+  return make_layout(kind, lm.module.config, lm.bytes, devices, model)
 
 
 def held_out_contexts(lm, *, documents, rows, **changes):

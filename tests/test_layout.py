@@ -25,9 +25,9 @@ ALLOWED = {
   'lm': set(),
   'activations': {'lm', 'paths'},
   'sae': set(),
-  'config': {'sae', 'parsing', 'checks'},
+  'config': {'lm', 'sae', 'parsing', 'checks'},
   'training': {'activations', 'sae', 'config', 'paths', 'processes'},
-  'evaluation': {'lm', 'sae', 'mesh'},
+  'evaluation': {'lm', 'sae'},
   'restore': {'sae', 'training', 'paths'},
   '__init__': {'restore'},
 }

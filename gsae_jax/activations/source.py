@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax.activations.layout import Encoding
 from gsae_jax.lm import text as text_lib
+from gsae_jax.lm.layouts import Layout, make_layout
 from gsae_jax.lm.text import Contexts
 from gsae_jax.lm.weights import DTYPES, LanguageModel, load_language_model
 
@@ -48,7 +48,7 @@ class Source:
     batch_contexts: int,
     dtype: str,
     seed: int,
-    devices: list[jax.Device],
+    layout: Layout,
     epoch: int = 0,
   ):
     """Plans the buffers; nothing runs yet.
@@ -59,11 +59,11 @@ class Source:
       sites: which activations to keep.
       rows: N.
       buffer_rows: rows that are permuted together, in host memory.
-      batch_contexts: contexts per device and forward pass. The numbers depend
-        on it in their last bits, and not on how many devices there are.
+      batch_contexts: contexts of each part of the layout and forward pass. The
+        numbers depend on it in their last bits, and not on how many parts.
       dtype: what rows are stored as.
       seed: of both orders.
-      devices: each holds the model and takes its share of the contexts.
+      layout: of the model, and of the contexts of a pass.
       epoch: each has an order of its own; a store is the first.
     """
     self.sites = sites
@@ -74,20 +74,17 @@ class Source:
     self._dtype = np.dtype(DTYPES[dtype])
     self._contexts = contexts
     self._seed = seed
-    mesh = Mesh(np.array(devices), ('data',))
-    self._batch = batch_contexts * len(devices)
-    self._split = NamedSharding(mesh, PartitionSpec('data'))
-    self._params = jax.device_put(
-      lm.params, NamedSharding(mesh, PartitionSpec())
+    self._batch = batch_contexts * layout.parts
+    self._split = layout.contexts
+    self._params = lm.load(
+      layout.place, blocks=lm.module.config.blocks_for(sites)
     )
     self.set_epoch(epoch)
 
-    @functools.partial(
-      jax.jit, static_argnames='dtype', out_shardings=self._split
-    )
+    @functools.partial(jax.jit, static_argnames='dtype')
     def forward(params, ids_BL, encodings, dtype):
       _, taken = lm.module.apply(
-        {'params': params}, ids_BL, sites=sites, logits=False
+        {'params': layout.gather(params)}, ids_BL, sites=sites, output=None
       )
       out = {}
       for site in sites:
@@ -232,30 +229,36 @@ def open_source(
   sites: tuple[str, ...],
   seed: int,
   devices: list[jax.Device],
+  model: int,
 ) -> tuple[Source, dict[str, Any], dict[str, Any]]:
   """The source that a config describes.
 
   Args:
-    lm: arguments of `load_language_model`.
+    lm: arguments of `load_language_model`, and `layout`.
     text: of `text.prepare`.
     store: the config's fields `store.*`.
     sites: names of the sites.
     seed: of the order of rows.
     devices: to run on.
+    model: size of the axis that a divided model's heads go over.
 
   Returns:
     the source, the identity of what it makes (everything that determines it, as
     plain data), and its provenance.
   """
-  model = load_language_model(**lm)
+  lm = dict(lm)
+  kind = lm.pop('layout')
+  opened = load_language_model(**lm)
+  config = opened.module.config
   for site in sites:  # Before the text is read.
-    model.module.config.check_site(site)
-  model.check_context_length(text['context_length'])
+    config.check_site(site)
+  opened.check_context_length(text['context_length'])
+  layout = make_layout(kind, config, opened.bytes, devices, model)
   documents, contexts = text_lib.prepare(
-    text, model.tokenizer, part='train', rows=store['tokens']
+    text, opened.tokenizer, part='train', rows=store['tokens']
   )
   source = Source(
-    model,
+    opened,
     contexts,
     sites=sites,
     rows=store['tokens'],
@@ -263,13 +266,13 @@ def open_source(
     batch_contexts=store['batch_contexts'],
     dtype=store['dtype'],
     seed=seed,
-    devices=devices,
+    layout=layout,
   )
   # The documents say better than the path what the text is.
   policy = {k: v for k, v in text.items() if k != 'path'}
   kept = {k: v for k, v in store.items() if k != 'batch_contexts'}
   identity = {
-    'lm': model.identity,
+    'lm': opened.identity,
     'text': policy | {'documents': documents.digest},
     'sites': list(sites),
     'store': kept,

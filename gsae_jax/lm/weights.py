@@ -1,42 +1,54 @@
 """Reads a language model: config.json, safetensors, tokenizer.json."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
 import json
 import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from gsae_jax.errors import UserError
+from gsae_jax.lm import tensors as tensors_lib
 from gsae_jax.lm.families import FAMILIES
+from gsae_jax.lm.tensors import Tensor
 from gsae_jax.lm.tokenizer import Tokenizer, read_json
 from gsae_jax.lm.transformer import Transformer
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
+# A parameter's path and shape to where it is to lie.
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-  """A model ready to run: `lm.module.apply({'params': lm.params}, ids_BL)`.
+  """A model whose files were looked at, and whose weights are read on demand.
+
+  `lm.module.apply({'params': lm.load(...)}, ids_BL)` runs it.
 
   Attributes:
     module: the Flax module.
-    params: nested plain dictionary of host arrays in the dtype asked for.
     tokenizer: the model's own.
     identity: what makes its activations what they are: SHA-256 of `weights`,
       `config` and `tokenizer`, and `dtype`.
+    shapes: of all parameters, by path.
+    dtype: that parameters are given in.
   """
 
   module: Transformer
-  params: dict[str, Any]
   tokenizer: Tokenizer
   identity: dict[str, Any]
+  shapes: dict[str, tuple[int, ...]]
+  dtype: np.dtype
+  _sources: dict[str, tuple[Tensor, Callable[[np.ndarray], np.ndarray]]]
 
   def check_context_length(self, length: int) -> None:
     """Raises UserError where contexts are longer than the model can read."""
@@ -46,11 +58,73 @@ class LanguageModel:
         f'{self.module.config.context}'
       )
 
+  @property
+  def bytes(self) -> int:
+    """Of all parameters."""
+    sizes = (np.prod(shape, dtype=np.int64) for shape in self.shapes.values())
+    return int(sum(sizes)) * self.dtype.itemsize
+
+  @functools.cached_property
+  def params(self) -> dict[str, Any]:
+    """All parameters, on the host."""
+    return self.load()
+
+  def load(
+    self, place: Placement | None = None, *, blocks: int | None = None
+  ) -> dict[str, Any]:
+    """Reads parameters.
+
+    Args:
+      place: says where each is to lie; each device's part is read for itself.
+        None leaves them on the host.
+      blocks: read only what the first so many blocks need, which do not give
+        logits; None is all.
+
+    Returns:
+      a nested plain dictionary.
+    """
+    params = {}
+    for path, value in self.read(place, blocks=blocks):
+      node = params
+      *parents, leaf = path.split('/')
+      for parent in parents:
+        node = node.setdefault(parent, {})
+      node[leaf] = value
+    return params
+
+  def read(
+    self, place: Placement | None = None, *, blocks: int | None = None
+  ) -> Iterator[tuple[str, np.ndarray | jax.Array]]:
+    """Yields path and value of one parameter after the other; see `load`.
+
+    The host holds one of them at a time, beside what lies there to stay.
+    """
+    for path, shape in self.shapes.items():
+      if blocks is not None and not _is_below(path, blocks):
+        continue
+      tensor, orient = self._sources[path]
+      view = orient(tensor.open())
+      # A copy, so that no part of the mapped file stays.
+      part = lambda index, v=view: np.array(v[index], self.dtype, order='C')
+      if place is None:
+        yield path, part(...)
+      else:
+        where = place(path, shape)
+        yield path, jax.make_array_from_callback(shape, where, part)
+
+
+def _is_below(path: str, blocks: int) -> bool:
+  """Whether a parameter is needed by the first blocks."""
+  top = path.split('/')[0]
+  if top.startswith('block_'):
+    return int(top.removeprefix('block_')) < blocks
+  return top in ('W_E', 'W_pos')
+
 
 def load_language_model(
   path: str, *, revision: str | None, dtype: str
 ) -> LanguageModel:
-  """Loads a language model.
+  """Opens a language model.
 
   Args:
     path: a Hugging Face folder, a hub id such as 'org/name', or 'embedded'.
@@ -70,48 +144,34 @@ def load_language_model(
       f'{raw.get("model_type")!r}; supported are {", ".join(sorted(FAMILIES))}'
     )
   try:
-    config = family.config(raw)
+    module = Transformer(family.config(raw))
   except KeyError as e:
     raise UserError(f'lm.path: {folder}/config.json has no {e}') from e
-  except (TypeError, AttributeError) as e:
-    raise UserError(f'lm.path: {folder}/config.json: {e}') from e
-  tensors, digest = _read_tensors(folder)
-  params = {}
-  for ours, (theirs, orient) in family.weights(config).items():
-    if theirs not in tensors:
-      raise UserError(f'lm.path: {folder} lacks the tensor {theirs}')
-    value = orient(tensors.pop(theirs))
-    node = params
-    *parents, leaf = ours.split('/')
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value.astype(DTYPES[dtype])
-  # Buffers that older checkpoints carry and that are functions of the config.
-  unknown = [
-    k for k in sorted(tensors) if not k.endswith('rotary_emb.inv_freq')
-  ]
-  if config.tied_embeddings:
-    unknown = [k for k in unknown if k != 'lm_head.weight']
-  if unknown:
-    raise UserError(f'lm.path: {folder} has an unexpected tensor {unknown[0]}')
+  except (TypeError, ValueError, AttributeError) as e:
+    reason = ' '.join(str(e).split())
+    raise UserError(f'lm.path: {folder}/config.json: {reason}') from e
+  shapes = _shapes(module)
+  found, files = tensors_lib.find(folder)
+  sources = _match(family, module, shapes, found, folder)
   tokenizer = Tokenizer(folder)
-  if tokenizer.largest_id >= config.vocabulary:
+  vocabulary = module.config.vocabulary
+  if tokenizer.largest_id >= vocabulary:
     raise UserError(
       f'lm.path: the tokenizer in {folder} has ids up to '
-      f'{tokenizer.largest_id}, and the model {config.vocabulary} embeddings; '
+      f'{tokenizer.largest_id}, and the model {vocabulary} embeddings; '
       "put the model's own tokenizer.json there"
     )
-  module = Transformer(config)
-  _check_shapes(module, params, folder)
   identity = {
     'config': hashlib.sha256(
       json.dumps(raw, sort_keys=True).encode()
     ).hexdigest(),
-    'weights': digest,
+    'weights': tensors_lib.digest(files),
     'tokenizer': tokenizer.digest,
     'dtype': dtype,
   }
-  return LanguageModel(module, params, tokenizer, identity)
+  return LanguageModel(
+    module, tokenizer, identity, shapes, np.dtype(DTYPES[dtype]), sources
+  )
 
 
 def _folder(path: str, revision: str | None) -> str:
@@ -120,7 +180,7 @@ def _folder(path: str, revision: str | None) -> str:
   folder = os.path.expanduser(path)
   if os.path.isdir(folder):
     return folder
-  if path.count('/') != 1 or path.startswith(('.', '/', '~')):
+  if path.count('/') > 1 or path.startswith(('.', '/', '~')):
     raise UserError(f'lm.path: there is no folder {path}')
   import huggingface_hub
 
@@ -138,43 +198,52 @@ def _folder(path: str, revision: str | None) -> str:
     ) from e
 
 
-def _read_tensors(folder: str) -> tuple[dict[str, np.ndarray], str]:
-  """Every tensor of the folder's safetensors files, and a SHA-256 of them."""
-  index = os.path.join(folder, 'model.safetensors.index.json')
-  if os.path.exists(index):
-    names = sorted(set(read_json(index).get('weight_map', {}).values()))
-  else:
-    names = ['model.safetensors']
-  tensors = {}
-  digest = hashlib.sha256()
-  for name in names:
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-      raise UserError(f'lm.path: {folder} has no {name}')
-    try:
-      with safetensors.safe_open(path, framework='np') as f:
-        for key in f.keys():  # noqa: SIM118 -- not a dictionary.
-          tensors[key] = f.get_tensor(key)
-    except safetensors.SafetensorError as e:
-      raise UserError(
-        f'lm.path: {path} is truncated or not safetensors ({e}); copy or '
-        'download it again'
-      ) from e
-    with open(path, 'rb') as f:
-      digest.update(hashlib.file_digest(f, 'sha256').digest())
-  return tensors, digest.hexdigest()
-
-
-def _check_shapes(module: Transformer, params: dict, folder: str) -> None:
-  want = jax.eval_shape(
+def _shapes(module: Transformer) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter by its path, without making any."""
+  tree = jax.eval_shape(
     module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
   )['params']
-  want = jax.tree_util.tree_flatten_with_path(want)[0]
-  have = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-  for key, shape in want:
-    name = '/'.join(k.key for k in key)
-    if have[key].shape != shape.shape:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {'/'.join(k.key for k in path): leaf.shape for path, leaf in leaves}
+
+
+def _match(
+  family: ModuleType,
+  module: Transformer,
+  shapes: dict[str, tuple[int, ...]],
+  found: dict[str, Tensor],
+  folder: str,
+) -> dict[str, tuple[Tensor, Callable[[np.ndarray], np.ndarray]]]:
+  """Finds every parameter's tensor; none may be left over."""
+  tensors = {}
+  for name, tensor in found.items():
+    renamed = family.rename(name)
+    if renamed is not None:
+      tensors[renamed] = name, tensor
+  table = family.weights(module.config)
+  sources = {}
+  for path, shape in shapes.items():
+    theirs, orient = table[path]
+    if theirs not in tensors:
+      raise UserError(f'lm.path: {folder} lacks the tensor {theirs}')
+    name, tensor = tensors[theirs]
+    try:
+      got = orient(np.broadcast_to(np.int8(), tensor.shape)).shape
+    except (ValueError, IndexError):
+      got = None
+    if got != shape:
       raise UserError(
-        f'lm.path: {folder}: {name} has shape {have[key].shape}, and '
-        f'config.json calls for {shape.shape}'
+        f'lm.path: {folder}: {name} has shape {tensor.shape}, which config.json '
+        f'does not call for ({path} is {shape})'
       )
+    sources[path] = tensor, orient
+  known = {theirs for theirs, _ in table.values()}
+  if module.config.tied_embeddings:
+    known.add('lm_head.weight')
+  left = sorted(name for key, (name, _) in tensors.items() if key not in known)
+  if left:
+    raise UserError(
+      f'lm.path: {folder} has {len(left)} unexpected tensor(s), such as '
+      f'{left[0]}'
+    )
+  return sources

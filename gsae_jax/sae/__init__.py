@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+from jax.sharding import PartitionSpec as P
 
 from gsae_jax.sae.gated import GatedSAE
 from gsae_jax.sae.relu import ReluSAE, RescaleShiftSAE
@@ -17,6 +18,18 @@ ARCHITECTURES = {
   'gated': GatedSAE,
   'relu': ReluSAE,
   'rescale_shift': RescaleShiftSAE,
+}
+
+# Features are spread over 'model' for every parameter; all else is everywhere.
+SPECS = {
+  'W_gate': P(None, 'model'),
+  'W_enc': P(None, 'model'),
+  'W_mag': P(None, 'model'),
+  'W_dec': P('model', None),
+  'b_gate': P('model'),
+  'b_enc': P('model'),
+  'b_mag': P('model'),
+  'r_mag': P('model'),
 }
 
 # Choices that not every architecture has, and what the paper does.

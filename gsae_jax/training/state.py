@@ -11,17 +11,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Features are spread over 'model' for every parameter and everything that
-# mirrors one. A leaf takes the spec of its own name.
-SPECS = {
-  'W_gate': P(None, 'model'),
-  'W_enc': P(None, 'model'),
-  'W_dec': P('model', None),
-  'b_gate': P('model'),
-  'b_enc': P('model'),
-  'b_mag': P('model'),
-  'r_mag': P('model'),
-  'W_mag': P(None, 'model'),
+from gsae_jax import sae
+
+# Everything that mirrors a parameter is spread as it is. A leaf takes the spec of
+# its own name.
+SPECS = sae.SPECS | {
   'steps_since_fired': P('model'),
   'fired_counts': P('model'),
 }

@@ -8,7 +8,7 @@ from gsae_jax.activations.layout import Encoding
 from gsae_jax.activations.source import Source
 from gsae_jax.errors import Preempted
 from gsae_jax.lm import text
-from tests.conftest import held_out_contexts
+from tests.conftest import held_out_contexts, layout_of
 
 SITES = ('mlp_out.0', 'attn_pre_linear.0')
 
@@ -26,7 +26,7 @@ def source(lm, contexts, **changes):
     'batch_contexts': 4,
     'dtype': 'float32',
     'seed': 0,
-    'devices': jax.local_devices(),
+    'layout': layout_of(lm),
   }
   return Source(lm, contexts, **values | changes)
 
@@ -42,7 +42,7 @@ def test_every_row_is_its_tokens_activation(embedded, contexts):
   assert [len(s['token_ids']) for s in shards] == [2048, 2048, 904]
   stored = {k: np.concatenate([s[k] for s in shards]) for k in shards[0]}
   _, taken = embedded.module.apply(
-    {'params': embedded.params}, contexts.ids_CL, sites=SITES, logits=False
+    {'params': embedded.params}, contexts.ids_CL, sites=SITES, output=None
   )
   # Context and position name a token of the text.
   where = stored['context_ids'], stored['positions']
@@ -90,7 +90,9 @@ def test_buffers_depend_on_seed_and_epoch_and_not_on_devices(
   assert same(one, buffer(source(embedded, contexts), 1))
   # To the bit, because each device does the same work.
   for devices in (1, 2):
-    few = source(embedded, contexts, devices=jax.local_devices()[:devices])
+    few = source(
+      embedded, contexts, layout=layout_of(embedded, devices=devices)
+    )
     assert same(one, buffer(few, 1))
   other = buffer(source(embedded, contexts, batch_contexts=8), 1)
   np.testing.assert_array_equal(one['token_ids'], other['token_ids'])

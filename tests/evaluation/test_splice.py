@@ -8,7 +8,7 @@ import pytest
 from gsae_jax.evaluation import metrics
 from gsae_jax.evaluation.splice import Evaluator
 from gsae_jax.sae import ARCHITECTURES
-from tests.conftest import held_out_contexts
+from tests.conftest import held_out_contexts, layout_of
 
 SITE, WIDTH, FEATURES, LENGTH = 'mlp_out.0', 128, 192, 32
 TOKENS = 700
@@ -36,8 +36,14 @@ def saes():
   return found
 
 
-def evaluate(embedded, contexts, saes, **changes):
-  values = {'tokens': TOKENS, 'batch_size': 8, 'parallel': 'pmap'}
+def evaluate(embedded, contexts, saes, layout=('replicated', 1), **changes):
+  kind, model = layout
+  values = {
+    'tokens': TOKENS,
+    'batch_size': 8,
+    'parallel': 'pmap',
+    'layout': layout_of(embedded, kind, model=model),
+  }
   evaluator = Evaluator(embedded, contexts, **values | changes)
   return {k: metrics.record(*s) for k, s in evaluator.run(saes).items()}
 
@@ -119,6 +125,11 @@ def test_every_metric_equals_its_definition(sae, embedded, contexts, saes):
     {'parallel': 'mesh'},
     {'batch_size': 4},
     {'batch_size': 12, 'parallel': 'mesh'},
+    {'parallel': 'auto'},
+    {'parallel': 'mesh', 'layout': ('tensor', 2)},
+    {'parallel': 'auto', 'layout': ('tensor', 4)},
+    {'parallel': 'auto', 'layout': ('fully_sharded', 1)},
+    {'parallel': 'auto', 'layout': ('fully_sharded', 2)},
   ],
 )
 def test_neither_devices_nor_batches_matter(changes, embedded, contexts, saes):

@@ -173,7 +173,7 @@ def test_stopping_early_gives_the_same_activations(stories):
   run = lambda **k: lm.module.apply(
     {'params': lm.params}, ids, sites=sites, **k
   )
-  logits, early = run(logits=False)
+  logits, early = run(output=None)
   assert logits is None
   for site, x in run()[1].items():
     np.testing.assert_allclose(early[site], x, atol=1e-5)

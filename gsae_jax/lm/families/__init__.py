@@ -1,11 +1,20 @@
 """Model families: how a Hugging Face folder maps onto the one transformer.
 
-A family is a module with `MODEL_TYPE`, the `model_type` of its `config.json`;
-`config(raw)`, which turns that file's contents into a `TransformerConfig`; and
-`weights(config)`, a table from our parameter path to the tensor's name and to
-the function that brings it into our orientation.
+A family is a module with
+
+  MODEL_TYPES    the values of `model_type` in config.json that it reads;
+  config(raw)    that file's contents as a `TransformerConfig`;
+  weights(config)  from our parameter's path to the tensor's name and to the
+                 function, of NumPy views only, that turns it our way;
+  rename(name)   a file's name of a tensor as `weights` has it, or None for what
+                 is no parameter.
 """
 
-from gsae_jax.lm.families import gelu_1l, llama
+from gsae_jax.lm.families import gelu_1l, gemma, gpt2, gpt_neox
+from gsae_jax.lm.families import llama, mistral, qwen
 
-FAMILIES = {family.MODEL_TYPE: family for family in (gelu_1l, llama)}
+FAMILIES = {
+  model_type: family
+  for family in (gelu_1l, gemma, gpt2, gpt_neox, llama, mistral, qwen)
+  for model_type in family.MODEL_TYPES
+}
