@@ -183,7 +183,9 @@ def main():
     rate = tokens / statistics.median(seconds[name])
     print(f'{name:>10} {rate:12,.0f} tokens/s')
   low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-  print(f'gsae_jax over torch: {middle:.2f} (quartiles {low:.2f} to {high:.2f})')
+  print(
+    f'gsae_jax over torch: {middle:.2f} (quartiles {low:.2f} to {high:.2f})'
+  )
   print(f'largest difference of activations: {error:.1e}')
 
 

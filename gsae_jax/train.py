@@ -45,9 +45,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def is_lm_of(store: Store, lm: config_lib.LMConfig) -> bool:
   """Whether a model at another path is the one that filled the store."""
-  opened = load_language_model(
-    lm.path, revision=lm.revision, dtype=lm.dtype
-  )
+  opened = load_language_model(lm.path, revision=lm.revision, dtype=lm.dtype)
   return opened.identity == store.identity['lm']
 
 

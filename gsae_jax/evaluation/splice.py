@@ -36,7 +36,9 @@ _LOGITS = 2**25
 
 def clean_pass(module: Transformer, sites: tuple[str, ...], lm_params, ids_BL):
   """Hidden states `[B, L, D]` and activations by site, unchanged."""
-  return module.apply({'params': lm_params}, ids_BL, sites=sites, output='hidden')
+  return module.apply(
+    {'params': lm_params}, ids_BL, sites=sites, output='hidden'
+  )
 
 
 def ablated_pass(module: Transformer, site: str, lm_params, ids_BL, m_BL):
@@ -110,7 +112,9 @@ def comparison(
   """
   B, L = ids_BL.shape
   size = -(-B // parts) * L * module.config.vocabulary
-  chunks = next(n for n in range(1, L + 1) if L % n == 0 and size <= n * _LOGITS or n == L)
+  chunks = next(
+    n for n in range(1, L + 1) if L % n == 0 and size <= n * _LOGITS or n == L
+  )
   # Nothing is predicted from a context's last position.
   counted_BL = m_BL.at[:, -1].set(False)
   next_BL = jnp.roll(ids_BL, -1, axis=1)

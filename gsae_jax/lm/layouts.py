@@ -1,10 +1,10 @@
 """How a language model lies on the devices that run it.
 
-  replicated     every device holds all of it, and takes contexts of its own
-  tensor         heads, MLP and vocabulary are divided over 'model', and the
-                 sums over them go between devices; contexts over 'data'
-  fully_sharded  what is left of each matrix is divided over 'data' as well, and
-                 put together again in front of the layer that uses it
+replicated     every device holds all of it, and takes contexts of its own
+tensor         heads, MLP and vocabulary are divided over 'model', and the
+               sums over them go between devices; contexts over 'data'
+fully_sharded  what is left of each matrix is divided over 'data' as well, and
+               put together again in front of the layer that uses it
 """
 
 import dataclasses
@@ -74,8 +74,9 @@ class Layout:
 
   def place(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lies."""
-    axes = self._model_axes(path.split('/')[-1], shape)
-    if self.kind == 'fully_sharded' and len(shape) > 1:
+    name = path.split('/')[-1]
+    axes = self._model_axes(name, shape)
+    if self.kind == 'fully_sharded' and name.startswith('W_'):
       size = self.mesh.shape['data']
       free = [
         (n, i) for i, n in enumerate(shape) if axes[i] is None and n % size == 0

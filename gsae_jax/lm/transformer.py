@@ -170,7 +170,9 @@ class Attention(nn.Module):
     def place(name: str, x_BLHK: jax.Array) -> jax.Array:
       if c.qk_norm:
         x_BLHK = Norm(c.norm, c.norm_eps, name=f'{name}_norm')(x_BLHK)
-      return x_BLHK if self.block.rope is None else rotate(x_BLHK, self.block.rope)
+      return (
+        x_BLHK if self.block.rope is None else rotate(x_BLHK, self.block.rope)
+      )
 
     z_BLHK = attend(
       place('q', project('Q', c.heads)),

@@ -148,8 +148,7 @@ def load_language_model(
   except KeyError as e:
     raise UserError(f'lm.path: {folder}/config.json has no {e}') from e
   except (TypeError, ValueError, AttributeError) as e:
-    reason = ' '.join(str(e).split())
-    raise UserError(f'lm.path: {folder}/config.json: {reason}') from e
+    raise UserError(f'lm.path: {folder}/config.json: {e}') from e
   shapes = _shapes(module)
   found, files = tensors_lib.find(folder)
   sources = _match(family, module, shapes, found, folder)

@@ -21,7 +21,9 @@ _LLAMA = {
 }
 _GEMMA = _LLAMA | {'head_dim': 16}
 _NEOX = {
-  k: v for k, v in _LLAMA.items() if k not in ('num_key_value_heads', 'rope_theta')
+  k: v
+  for k, v in _LLAMA.items()
+  if k not in ('num_key_value_heads', 'rope_theta')
 }
 _GPT2 = {
   'vocab_size': VOCABULARY,
@@ -36,7 +38,9 @@ _SLIDING_THIRD = ['full_attention', 'full_attention', 'sliding_attention']
 
 
 def _scaled(kind, **settings):
-  return {'rope_parameters': {'rope_type': kind, 'rope_theta': 500.0, **settings}}
+  return {
+    'rope_parameters': {'rope_type': kind, 'rope_theta': 500.0, **settings}
+  }
 
 
 # Name: the class of the config, and what differs from its defaults.
@@ -53,7 +57,8 @@ CASES = {
     },
   ),
   'gpt2_unscaled': (
-    'GPT2', _GPT2 | {'scale_attn_weights': False, 'activation_function': 'gelu'}
+    'GPT2',
+    _GPT2 | {'scale_attn_weights': False, 'activation_function': 'gelu'},
   ),
   'neox': ('GPTNeoX', _NEOX | {'rotary_pct': 0.25}),
   'neox_flags': (
@@ -96,12 +101,12 @@ CASES = {
   ),
   'llama_yarn': (
     'Llama',
-    _LLAMA
-    | _scaled('yarn', factor=4.0, original_max_position_embeddings=16),
+    _LLAMA | _scaled('yarn', factor=4.0, original_max_position_embeddings=16),
   ),
   'mistral': ('Mistral', _LLAMA | {'sliding_window': 7}),
   'mistral_full': (
-    'Mistral', _LLAMA | {'sliding_window': None, 'head_dim': 12}
+    'Mistral',
+    _LLAMA | {'sliding_window': None, 'head_dim': 12},
   ),
   'qwen2': ('Qwen2', _LLAMA | {'tie_word_embeddings': True}),
   'qwen2_window': (
@@ -166,7 +171,9 @@ CASES = {
       'final_logit_softcapping': 3.0,
       'rope_parameters': {
         'full_attention': {
-          'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 9000.0
+          'rope_type': 'linear',
+          'factor': 8.0,
+          'rope_theta': 9000.0,
         },
         'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
       },

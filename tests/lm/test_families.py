@@ -82,9 +82,7 @@ def test_an_edit_at_one_position_changes_no_earlier_logits(pair):
 
 
 def test_every_family_is_tried():
-  tried = {
-    families.make(name).config.model_type for name in families.CASES
-  }
+  tried = {families.make(name).config.model_type for name in families.CASES}
   # Gemma 3 with pictures is a text model of other names; GELU-1L is no model of
   # transformers.
   assert tried == set(FAMILIES) - {'gelu_1l', 'gemma3'}

@@ -2,15 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from gsae_jax.errors import UserError
+from gsae_jax.lm.layouts import make_layout
 from gsae_jax.lm.weights import load_language_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, layout_of
 
+GOLDEN = ROOT / 'tests' / 'golden' / 'tiny_llama'
 EMBEDDED = ROOT / 'gsae_jax' / 'lm' / 'embedded'
 
 
@@ -90,11 +97,20 @@ def test_llama_settings_that_are_not_supported(tmp_path):
     ROOT / 'tests/golden/tiny_llama', tmp_path, dirs_exist_ok=True
   )
   config = json.loads((tmp_path / 'config.json').read_text())
-  scaled = {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 500.0}
+  longrope = {
+    'rope_type': 'longrope', 'factor': 2.0, 'rope_theta': 500.0,
+    'short_factor': [1.0] * 3, 'long_factor': [1.0] * 3,
+    'original_max_position_embeddings': 32,
+  }  # fmt: skip
   for change, match in (
-    ({'rope_parameters': scaled}, "rotary scaling 'linear' is not supported"),
-    ({'attention_bias': True}, 'attention_bias=True'),
-    ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+    ({'rope_parameters': longrope}, "rotary scaling 'longrope' is not support"),
+    ({'hidden_act': 'mish'}, "asks for the activation 'mish'; supported are"),
+    ({'hidden_size': 'big'}, 'config.json: .*hidden_size'),
+    # What the file lacks is said, not computed without.
+    (
+      {'attention_bias': True},
+      'lacks the tensor model.layers.0.self_attn..*bias',
+    ),
   ):
     (tmp_path / 'config.json').write_text(json.dumps(config | change))
     refuse(tmp_path, match)
@@ -118,7 +134,8 @@ def test_sharded_weights_are_the_same_model(folder, embedded):
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
   lm = load_language_model(str(folder), revision=None, dtype='float32')
   np.testing.assert_array_equal(
-    lm.params['block_0']['mlp']['W_in'], embedded.params['block_0']['mlp']['W_in']
+    lm.params['block_0']['mlp']['W_in'],
+    embedded.params['block_0']['mlp']['W_in'],
   )
   (folder / 'b.safetensors').unlink()
   refuse(folder, 'has no b.safetensors')
@@ -166,3 +183,198 @@ def test_broken_settings_have_their_line(folder):
   (folder / 'tokenizer_config.json').unlink()
   (folder / 'config.json').write_text('[]')
   refuse(folder, 'config.json is not a JSON object')
+
+
+LAYOUTS = [
+  ('replicated', 1),
+  ('tensor', 2),
+  ('tensor', 4),
+  ('fully_sharded', 1),
+  ('fully_sharded', 2),
+]
+
+
+def leaves(tree):
+  return {
+    '/'.join(k.key for k in path): value
+    for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+
+
+@pytest.mark.parametrize(('kind', 'model'), LAYOUTS)
+def test_each_device_gets_its_part(kind, model, embedded):
+  layout = layout_of(embedded, kind, model=model)
+  placed = leaves(embedded.load(layout.place))
+  host = leaves(embedded.params)
+  assert set(placed) == set(host)
+  for path, value in placed.items():
+    assert value.sharding.mesh.shape == {'data': 4 // model, 'model': model}
+    np.testing.assert_array_equal(value, host[path], err_msg=path)
+  held = {
+    p: v.addressable_shards[0].data.size / v.size for p, v in placed.items()
+  }
+  by_model = 1 / model if kind != 'replicated' else 1
+  by_both = 1 / 4 if kind == 'fully_sharded' else by_model
+  for path, part in held.items():
+    matrix = path.split('/')[-1].startswith('W_') and path != 'W_pos'
+    if matrix:
+      assert part == by_both, path
+  for path in ('block_0/attn/b_Q', 'block_0/mlp/b_in'):
+    assert held[path] == by_model
+  assert held['ln_final/scale'] == held['block_0/attn/b_O'] == 1
+
+
+def test_what_cannot_be_divided_is_everywhere(tmp_path):
+  # Two key heads over four devices, and a vocabulary of 50.
+  shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+  words = tokenizers.models.WordLevel({'a': 0}, 'a')
+  tokenizers.Tokenizer(words).save(str(tmp_path / 'tokenizer.json'))
+  lm = load_language_model(str(tmp_path), revision=None, dtype='float32')
+  layout = layout_of(lm, 'tensor', model=4)
+  params = lm.load(layout.place)
+  parts = {
+    p: v.addressable_shards[0].data.shape for p, v in leaves(params).items()
+  }
+  assert parts['block_1/attn/W_Q'] == (16, 1, 6)
+  assert parts['block_1/attn/W_K'] == (16, 2, 6)
+  assert parts['W_E'] == (50, 16) and parts['block_1/mlp/W_out'] == (6, 16)
+  ids = np.arange(40, dtype=np.int32).reshape(2, 20)
+  run = jax.jit(lambda p: lm.module.apply({'params': p}, ids)[0])
+  np.testing.assert_allclose(run(params), run(lm.params), atol=2e-5)
+
+
+def test_layouts_that_do_not_fit(embedded):
+  for kind, model, match in (
+    ('tensor', 1, "'tensor' divides the language model over mesh.model"),
+    ('fully_sharded', 3, 'mesh.model: 3 does not divide the 4 devices'),
+  ):
+    with pytest.raises(UserError, match=match):
+      layout_of(embedded, kind, model=model)
+  assert layout_of(embedded, 'auto', model=3).kind == 'replicated'
+  assert layout_of(embedded, 'tensor', model=-1).mesh.shape['model'] == 4
+
+
+def test_auto_divides_what_a_device_cannot_hold(embedded):
+  class Device:
+    def __init__(self, stats):
+      self.stats = stats
+
+    def memory_stats(self):
+      return self.stats
+
+  config = embedded.module.config
+  for stats, kind in (
+    (None, 'replicated'),
+    ({'bytes_limit': 16e9}, 'replicated'),
+    ({'bytes_limit': 2e6}, 'fully_sharded'),
+  ):
+    layout = make_layout('auto', config, embedded.bytes, [Device(stats)], 1)
+    assert layout.kind == kind
+
+
+def test_only_the_first_blocks_are_read(stories):
+  lm = load_language_model(str(stories[0]), revision=None, dtype='float32')
+  sites = ('mlp_out.1', 'resid_post.0')
+  blocks = lm.module.config.blocks_for(sites)
+  params = lm.load(blocks=blocks)
+  assert set(params) == {'W_E', 'block_0', 'block_1'}
+  ids = np.arange(40, dtype=np.int32).reshape(2, 20)
+  run = lambda p: lm.module.apply({'params': p}, ids, sites=sites, output=None)
+  for site, x in run(params)[1].items():
+    np.testing.assert_array_equal(x, run(lm.params)[1][site])
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float64'])
+def test_other_precisions_are_read_as_they_are(dtype, folder, embedded):
+  kind = getattr(ml_dtypes, dtype, None) or np.dtype(dtype)
+  change_tensors(
+    folder, lambda t: t.update({k: v.astype(kind) for k, v in t.items()})
+  )
+  for asked in ('float32', 'bfloat16'):
+    lm = load_language_model(str(folder), revision=None, dtype=asked)
+    exact = embedded.params['block_0']['mlp']['W_in'].astype(kind)
+    got = lm.params['block_0']['mlp']['W_in']
+    assert got.dtype == asked
+    np.testing.assert_array_equal(got, exact.astype(got.dtype))
+
+
+def test_pickles_are_named_and_not_read(folder):
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+  refuse(folder, r'no model.safetensors; pytorch_model.bin is a pickle, which')
+
+
+def test_indices_that_are_wrong(folder):
+  index = folder / 'model.safetensors.index.json'
+  index.write_text('{}')
+  refuse(folder, 'index.json has no weight_map')
+  shutil.copy(folder / 'model.safetensors', folder / 'b.safetensors')
+  names = {'a': 'model.safetensors', 'b': 'b.safetensors'}
+  index.write_text(json.dumps({'weight_map': names}))
+  refuse(folder, 'has .* in two of its files')
+
+
+MEASURE = """
+import sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+from gsae_jax.lm.layouts import make_layout
+from gsae_jax.lm.weights import load_language_model
+lm = load_language_model(sys.argv[1], revision=None, dtype='bfloat16')
+config = lm.module.config
+layout = make_layout('fully_sharded', config, lm.bytes, jax.devices(), 2)
+total = 0
+for _, value in lm.read(layout.place):  # As if it went to another memory.
+  total += value.block_until_ready().size
+  del value
+with open('/proc/self/status') as f:
+  peak = f.read().split('VmHWM:')[1].split()[0]
+print(total, int(peak) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_model_never_lies_on_the_host_whole(tmp_path):
+  width, hidden, layers, vocabulary = 1024, 4096, 26, 32_000
+  config = {
+    'model_type': 'llama', 'hidden_size': width, 'intermediate_size': hidden,
+    'num_hidden_layers': layers, 'num_attention_heads': 16,
+    'vocab_size': vocabulary, 'tie_word_embeddings': False,
+  }  # fmt: skip
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  shutil.copy(EMBEDDED / 'tokenizer.json', tmp_path)
+  shapes = {
+    'model.embed_tokens.weight': (vocabulary, width),
+    'lm_head.weight': (vocabulary, width),
+    'model.norm.weight': (width,),
+  }
+  for i in range(layers):
+    layer = f'model.layers.{i}'
+    for name in 'qkvo':
+      shapes[f'{layer}.self_attn.{name}_proj.weight'] = (width, width)
+    for name in ('gate', 'up'):
+      shapes[f'{layer}.mlp.{name}_proj.weight'] = (hidden, width)
+    shapes[f'{layer}.mlp.down_proj.weight'] = (width, hidden)
+    for name in ('input_layernorm', 'post_attention_layernorm'):
+      shapes[f'{layer}.{name}.weight'] = (width,)
+  rng = np.random.default_rng(0)
+  names, files, held, weight_map = list(shapes), 0, {}, {}
+  for name in names:
+    held[name] = rng.random(shapes[name], np.float32)
+    if name == names[-1] or sum(v.nbytes for v in held.values()) > 450e6:
+      files += 1
+      save_file(held, tmp_path / f'{files}.safetensors')
+      weight_map |= dict.fromkeys(held, f'{files}.safetensors')
+      held = {}
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': weight_map}))
+  sizes = [p.stat().st_size for p in tmp_path.glob('*.safetensors')]
+  assert files == 5 and 1.9e9 < sum(sizes) < 2.2e9
+  command = [sys.executable, '-c', MEASURE, str(tmp_path)]
+  out = subprocess.run(
+    command, check=True, capture_output=True, text=True, cwd=ROOT
+  ).stdout
+  count, peak = map(int, out.split())
+  assert count == sum(np.prod(s) for s in shapes.values())
+  print(f'peak {peak / 1e6:.0f} MB, largest file {max(sizes) / 1e6:.0f} MB')
+  assert peak < 1.25 * max(sizes) + 500e6

@@ -34,11 +34,19 @@ def read_config(raw: dict[str, Any], module: str, name: str) -> Any:
     raw: the file's contents.
     module: of `transformers.models`, where the class is.
     name: the class.
+
+  Raises:
+    UserError: the class refuses a value.
   """
   # Without torch, importing it says so at length; its models are not used.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   place = f'transformers.models.{module}.configuration_{module}'
-  return getattr(importlib.import_module(place), name)(**raw)
+  make = getattr(importlib.import_module(place), name)
+  try:
+    return make(**raw)
+  except Exception as e:  # Of many kinds, from checks of three libraries.
+    reason = ' '.join(str(e).split())
+    raise UserError(f'lm.path: config.json: {reason}') from e
 
 
 def activation(name: str) -> str:
