@@ -1,0 +1,135 @@
+r"""Turns a TransformerLens checkpoint, such as GELU-1L's, into a model folder.
+
+  python -m gsae_jax.convert --checkpoint=model_final.pth --model_config=config.json \
+      --tokenizer=DIR --out=DIR
+
+GELU-1L (Nanda 2022) is published as a PyTorch file. This reads it with
+`weights_only=True`, which runs no code of the file, and needs
+`pip install 'gsae_jax[torch]'`; nothing else does. `--tokenizer` is a folder with
+the tokenizer.json that the config names.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import safetensors.numpy
+from absl import flags
+
+from gsae_jax import program
+from gsae_jax.errors import UserError
+from gsae_jax.lm.families import gelu_1l
+from gsae_jax.lm.tokenizer import read_json
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'The .pth file.')
+_CONFIG = flags.DEFINE_string(
+  'model_config', None, 'The config.json that lies beside it.'
+)
+_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'A tokenizer.json is here.')
+_OUT = flags.DEFINE_string('out', None, 'Folder to write; it must be new.')
+flags.mark_flags_as_required(['checkpoint', 'model_config', 'tokenizer', 'out'])
+
+_COPIED = (
+  'd_model',
+  'd_mlp',
+  'd_head',
+  'd_vocab',
+  'n_layers',
+  'n_heads',
+  'n_ctx',
+)
+_SUPPORTED = {
+  'act_fn': 'gelu',
+  'normalization': 'LN',
+  'attn_only': False,
+  'shortformer_pos': False,
+}
+# The causal mask and the score of what it hides.
+_BUFFERS = ('.attn.mask', '.attn.IGNORE')
+
+
+def convert_config(raw: dict) -> dict:
+  """TransformerLens's config.json as ours.
+
+  Raises:
+    UserError: the model is of another kind, or a field is missing.
+  """
+  raw = {'normalization': raw.get('normalization_type', 'LN')} | raw
+  for name, want in _SUPPORTED.items():
+    if raw.get(name, want) != want:
+      raise UserError(
+        f'--model_config: {name} is {raw[name]!r}; supported is {want!r}'
+      )
+  missing = [name for name in _COPIED if name not in raw]
+  if missing:
+    raise UserError(f'--model_config: {missing[0]} is missing')
+  config = {name: raw[name] for name in _COPIED}
+  return config | {'model_type': 'gelu_1l', 'eps': raw.get('eps', 1e-5)}
+
+
+def read_checkpoint(path: str) -> dict[str, np.ndarray]:
+  """The parameters of a PyTorch file, as float32.
+
+  Raises:
+    UserError: PyTorch is missing, or the file is no dictionary of tensors.
+  """
+  try:
+    import torch
+  except ImportError as e:
+    raise UserError(
+      "--checkpoint: PyTorch reads it; pip install 'gsae_jax[torch]'"
+    ) from e
+  try:
+    state = torch.load(path, map_location='cpu', weights_only=True)
+  except OSError:
+    raise
+  except Exception as e:
+    reason = str(e).splitlines()[0]
+    raise UserError(
+      f'--checkpoint: {path} is not a file of tensors alone ({reason})'
+    ) from e
+  if not isinstance(state, dict):
+    raise UserError(f'--checkpoint: {path} is not a dictionary of tensors')
+  return {
+    name: value.float().numpy()
+    for name, value in state.items()
+    if not name.endswith(_BUFFERS)
+  }
+
+
+def main() -> int:
+  config = convert_config(read_json(_CONFIG.value))
+  tokenizer = os.path.join(_TOKENIZER.value, 'tokenizer.json')
+  if not os.path.exists(tokenizer):
+    raise UserError(f'--tokenizer: {_TOKENIZER.value} has no tokenizer.json')
+  if os.path.exists(_OUT.value):
+    raise UserError(f'--out: {_OUT.value} is there already; give a new folder')
+  tensors = read_checkpoint(_CHECKPOINT.value)
+  config['unembed_bias'] = 'unembed.b_U' in tensors
+  wanted = {
+    name for name, _ in gelu_1l.weights(gelu_1l.config(config)).values()
+  }
+  if wanted != set(tensors):
+    missing, left = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    what = f'lacks {missing[0]}' if missing else f'has an unknown {left[0]}'
+    raise UserError(f'--checkpoint: {_CHECKPOINT.value} {what}')
+  partial = f'{_OUT.value}.partial'
+  os.makedirs(partial, exist_ok=True)
+  contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+  safetensors.numpy.save_file(
+    contiguous, os.path.join(partial, 'model.safetensors')
+  )
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    source = os.path.join(_TOKENIZER.value, name)
+    if os.path.exists(source):
+      shutil.copy(source, partial)
+  with open(os.path.join(partial, 'config.json'), 'w') as f:
+    json.dump(config, f, indent=1)
+  os.rename(partial, _OUT.value)
+  print(f'{len(tensors)} tensors in {_OUT.value}')
+  return 0
+
+
+if __name__ == '__main__':
+  program.run(main)
