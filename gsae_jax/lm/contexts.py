@@ -104,8 +104,9 @@ class Held:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- see `close`.
       self._file.write(np.ascontiguousarray(block.ids_CL))
     starts_R = block.starts_R + self._count * self._length
+    none_CL = np.empty((0, self._length), np.int32)  # A view would keep all.
     self._blocks.append(
-      dataclasses.replace(block, ids_CL=block.ids_CL[:0], starts_R=starts_R)
+      dataclasses.replace(block, ids_CL=none_CL, starts_R=starts_R)
     )
     self._count += len(block)
 
