@@ -186,6 +186,17 @@ def test_one_may_leave_between_windows(embedded, file):
     list(windows.covering(4000, 4100, leave))
 
 
+def test_each_window_has_an_order_of_its_own(embedded, file):
+  found = []
+  for epoch in (0, 1):
+    windows = Windows(prepare(embedded, file).windows, 0, epoch)
+    for window in windows.covering(0, 1200, lambda: None):
+      assert sorted(window.order_C) == list(range(20))
+      assert window.first_context == 20 * (len(found) % 3)
+      found.append(tuple(window.order_C))
+  assert len(found) == len(set(found)) == 6
+
+
 @pytest.mark.parametrize('order', ['hash', 'source'])
 def test_identity_of_the_documents_is_of_all_that_were_read(
   order, embedded, file

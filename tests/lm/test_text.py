@@ -1,12 +1,15 @@
 """Documents, their split, and packing."""
 
+import dataclasses
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from gsae_jax.errors import UserError
 from gsae_jax.lm import text
+from gsae_jax.lm.contexts import Held
 from gsae_jax.lm.documents import document_id
 from tests.lm import golden_text
 
@@ -184,6 +187,20 @@ def test_tokens_are_not_kept_in_memory(tokenizer):
   assert isinstance(contexts.ids_CL.base, np.memmap)
   runs = contexts.starts_R.nbytes + contexts.documents_R.nbytes
   assert runs < 0.2 * contexts.ids_CL.nbytes
+
+
+def test_tokens_are_not_kept_in_memory_while_they_are_collected(tokenizer):
+  block = pack(golden_text.documents(), tokenizer, rows=30_000)
+  held = Held(16)
+  tracemalloc.start()
+  for _ in range(20):
+    ids_CL = np.array(block.ids_CL)
+    held.add(dataclasses.replace(block, ids_CL=ids_CL))
+    del ids_CL
+  kept, _ = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  held.close()
+  assert kept < 20 * block.ids_CL.size  # Bytes.
 
 
 def test_nowhere_to_keep_tokens_is_a_line(tokenizer, monkeypatch):
