@@ -82,8 +82,10 @@ class Contexts:
 
   def counted(self) -> np.ndarray:
     """How many positions count, in each of the contexts."""
-    counts = [self.mask(chosen).sum(1) for chosen in self.slices()]
-    return np.concatenate(counts)
+    counted_C = np.empty(len(self), np.int64)
+    for chosen in self.slices():
+      counted_C[chosen] = self.mask(chosen).sum(1)
+    return counted_C
 
 
 class Held:

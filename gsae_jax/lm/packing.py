@@ -67,8 +67,9 @@ def windows(
     tokenizer: makes the ids.
     context_length: positions per context, BOS included.
     packing: 'stream' cuts the documents, one after the other, into contexts;
-      'documents' begins every context at the beginning of a document and
-      leaves out what does not fit, for models that saw texts only whole.
+      'documents' begins every context at the beginning of a document, goes on
+      with the next where one is short, and leaves out what does not fit, for
+      models that saw texts only from their beginning.
     prepend_bos: see above.
     special_tokens: see `Contexts`.
     rows: positions wanted in the mask, at least; None for all there are. What

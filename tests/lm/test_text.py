@@ -222,6 +222,9 @@ def test_too_little_text_and_too_little_tokenizer(tokenizer, tmp_path):
     UserError, match='has 15 usable tokens in full contexts of 16'
   ):
     pack(['pass\n' * 10], tokenizer)
+  for texts in (['x'], []):
+    with pytest.raises(UserError, match='has 0 usable tokens in full contexts'):
+      pack(texts, tokenizer)
   with pytest.raises(UserError, match="no file matches '.*nothing.*'"):
     text.read_documents(str(tmp_path / 'nothing*'), None)
   (tmp_path / 'empty').write_text(' \n')
