@@ -52,7 +52,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   c = recipe.paper(quickstart.get_config(), 'gelu')
   recipe.accelerator(c)
   c.lm.path = 'gelu-1l'
-  recipe.hub_text(c, 'allenai/c4', context_length=128)
+  recipe.hub_text(c, 'allenai/c4', context_length=128, subset='en')
   c.store.tokens = 2**27
   members = tuple(
     recipe.member(

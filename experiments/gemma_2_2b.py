@@ -38,7 +38,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   c = public_grid.one_gpu(quickstart.get_config(), 'gemma')
   c.lm.path = 'google/gemma-2-2b'
   c.lm.dtype = 'bfloat16'
-  recipe.hub_text(c, 'HuggingFaceFW/fineweb', context_length=1024)
+  recipe.hub_text(
+    c, 'HuggingFaceFW/fineweb', context_length=1024, subset='sample-10BT'
+  )
   c.store.batch_contexts = 8
   # A context's logits are 1 GB in float32: 256,000 tokens.
   c.eval.batch_size = 2

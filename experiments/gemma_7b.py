@@ -61,7 +61,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   recipe.accelerator(c)
   c.lm.path = 'google/gemma-7b'
   c.lm.dtype = 'bfloat16'
-  recipe.hub_text(c, 'HuggingFaceFW/fineweb', context_length=1024)
+  recipe.hub_text(
+    c, 'HuggingFaceFW/fineweb', context_length=1024, subset='sample-10BT'
+  )
   c.store.tokens = 2**27
   c.store.batch_contexts = 8
   c.loader.unit = 'shard'

@@ -36,6 +36,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """
   c = public_grid.one_gpu(quickstart.get_config(), 'pythia')
   c.lm.path = 'openai-community/gpt2'
-  recipe.hub_text(c, 'HuggingFaceFW/fineweb', context_length=128)
+  recipe.hub_text(
+    c, 'HuggingFaceFW/fineweb', context_length=128, subset='sample-10BT'
+  )
   members = public_grid.members(SITES, 24_576, 'pythia')
   return choose(c, arg, members, default='resid_post.8')

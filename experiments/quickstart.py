@@ -36,13 +36,25 @@ def get_config() -> ml_collections.ConfigDict:
   c.lm.layout = 'auto'
 
   c.text = ml_collections.ConfigDict()
-  c.text.path = 'stdlib'  # Or a text file, or a glob of them.
-  c.text.separator = config_dict.placeholder(str)  # Between a file's documents.
+  # Or a file, a glob, a folder, or a hub id: plain text, JSONL, Parquet, Arrow.
+  c.text.path = 'stdlib'
+  # Between the documents of a plain file; None: each file is one.
+  c.text.separator = config_dict.placeholder(str)
+  c.text.field = 'text'  # Key or column of the text, in all but plain files.
+  c.text.subset = config_dict.placeholder(str)  # These three of a hub id.
+  c.text.split = 'train'
+  c.text.revision = config_dict.placeholder(str)
+  # 'hash' reads all documents, drops repetitions and mixes sources; 'source'
+  # takes them as they stand, and holds and reads no more than it needs.
+  c.text.order = 'hash'
+  # Contexts that are permuted together, tokenised while the device works on
+  # those before. None: all, tokenised first.
+  c.text.window = config_dict.placeholder(int)
   c.text.context_length = 128
   # 'stream' cuts documents into contexts one after the other; 'documents'
   # begins every context with a document and leaves out what does not fit.
   c.text.packing = 'stream'
-  c.text.prepend_bos = True
+  c.text.prepend_bos = True  # None: as the model's own tokenizer does.
   # 'drop': special tokens are neither stored, nor trained on, nor counted.
   c.text.special_tokens = 'drop'  # Or 'keep'.
   c.text.held_out = 0.1  # Fraction of the documents, by their hash.

@@ -60,28 +60,35 @@ def make_evaluator(
     jax.local_devices(),
     config.mesh.model,
   )
-  text = dataclasses.asdict(config.text)
+  text = text_lib.resolve(dataclasses.asdict(config.text), lm.tokenizer)
   here = {'lm': lm.identity, 'text': dict(text)}
   there = {
     'lm': trained['store_identity']['lm'],
     'text': dict(trained['store_identity']['text']),
   }
-  for name in ('path', 'documents'):
+  # Which documents are held out does not depend on these.
+  for name in (
+    'path', 'documents', 'subset', 'split', 'revision', 'order', 'window'
+  ):  # fmt: skip
     here['text'].pop(name, None)
     there['text'].pop(name, None)
   if text['path'] != trained['store_provenance']['text_path']:
     # Evaluating on another text is a fair thing to do. On the same one, other
     # documents would be held out than those that training left alone.
-    here['text']['separator'] = there['text']['separator']
+    for name in ('separator', 'field'):
+      here['text'][name] = there['text'][name]
   different = differences(there, here)
   if different:
     raise UserError(
       f'--config: the SAEs were trained on other activations ({different[0]}); '
       'use the config that they were trained with'
     )
-  _, contexts = text_lib.prepare(
-    text, lm.tokenizer, part='held_out', rows=config.eval.tokens
-  )
+  (contexts,) = text_lib.prepare(
+    text | {'window': None},
+    lm.tokenizer,
+    part='held_out',
+    rows=config.eval.tokens,
+  ).windows
   return splice.Evaluator(
     lm,
     contexts,

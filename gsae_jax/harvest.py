@@ -6,6 +6,7 @@ Started again, it skips the shards that are there. Exits 42 when preempted. Run
 by several processes (--coordinator), each makes whole buffers of its own.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -121,7 +122,10 @@ def main() -> int:
       devices=jax.local_devices(),
       model=config.mesh.model,
     )
-  with open_writer(config, source, identity, provenance) as writer:
+  with (
+    contextlib.closing(source),
+    open_writer(config, source, identity, provenance) as writer,
+  ):
     fill(writer, source, preempted)
   if jax.process_index() == 0:
     print(f'{writer.rows} rows of {", ".join(config.sites)} in {_STORE.value}')

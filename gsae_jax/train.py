@@ -68,7 +68,10 @@ def check_store(config: config_lib.Config, store: Store) -> None:
     there[field] = store.provenance[name]
   if here['lm.path'] != there['lm.path'] and is_lm_of(store, config.lm):
     del here['lm.path'], here['lm.revision']
-  for name, value in dataclasses.asdict(config.text).items():
+  text = dataclasses.asdict(config.text)
+  if config.text.prepend_bos is None:  # The model's, which is the store's.
+    del text['prepend_bos']
+  for name, value in text.items():
     if name in store.identity['text']:
       here[f'text.{name}'] = value
       there[f'text.{name}'] = store.identity['text'][name]

@@ -25,7 +25,8 @@ ALLOWED = {
   'lm': set(),
   'activations': {'lm', 'paths'},
   'sae': set(),
-  'config': {'lm', 'sae', 'parsing', 'checks'},
+  'config_inputs': {'lm', 'checks'},
+  'config': {'sae', 'parsing', 'checks', 'config_inputs'},
   'training': {'activations', 'sae', 'config', 'paths', 'processes'},
   'evaluation': {'lm', 'sae'},
   'restore': {'sae', 'training', 'paths'},
@@ -99,6 +100,6 @@ def test_metadata_is_in_one_file_only():
   setup.read(ROOT / 'setup.cfg')
   assert not {'metadata', 'options'} & set(setup.sections())
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  extras = {'tpu', 'cuda12', 'cuda13', 'gcs', 'wandb', 'test'}
+  extras = {'tpu', 'cuda12', 'cuda13', 'gcs', 'wandb', 'datasets', 'test'}
   assert extras <= set(project['optional-dependencies'])
   assert not any('<' in d for d in project['dependencies'])

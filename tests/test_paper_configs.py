@@ -136,6 +136,7 @@ def test_a_default_and_everything(module):
     assert len(config.saes) == count
     assert {s.site for s in config.saes} == set(sites)
     assert config.text.context_length == context
+    assert config.text.order == 'source' and config.text.prepend_bos is None
     assert (config.train.steps, config.train.batch_size) == (steps, 4096)
     # Half time is a checkpoint that stays: evaluation compares with it.
     kept = config.train.checkpoints_kept_every

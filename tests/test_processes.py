@@ -67,6 +67,22 @@ def test_preemption_of_one_stops_both_and_one_can_go_on(smoke, tmp_path):
   assert files(tmp_path) == files(store)
 
 
+@pytest.mark.slow
+def test_windows_of_text_begun_by_one_and_finished_by_two(tmp_path):
+  flags = '--config.text.window=8', '--config.text.order=source'
+  run('harvest', f'--store={tmp_path}/whole', *flags)
+  flags = f'--store={tmp_path}/killed', *flags
+  process = start('harvest', *flags)
+  records = tmp_path / 'killed' / 'records'
+  wait_for(lambda: len(list(records.glob('*.json'))) >= 3, process)
+  process.kill()
+  process.communicate()
+  missing = 8 - len(list(records.glob('*.json')))
+  codes, outputs = finish(start_both(*flags))
+  assert codes == [0, 0] and missing > 1, outputs
+  assert files(tmp_path / 'killed') == files(tmp_path / 'whole')
+
+
 def test_failure_of_one_ends_both(tmp_path):
   # One of them was given another config: two manifests for one place.
   codes, outputs = finish(

@@ -10,6 +10,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax.activations.store import open_store
+from gsae_jax.lm import text
 from tests.commands import (
   SMOKE,
   files,
@@ -184,6 +185,11 @@ def test_watch_follows_a_run_to_its_last_checkpoint(smoke, tmp_path):
     ("--config.sites=('mlp_out.9',)", 'mlp_out.9'),
     ('--config.text.context_length=4096', 'text.context_length: 4096 is more'),
     ('--config.store.tokens=900000000', 'usable tokens'),
+    ('--config.text.subset=en', "text.subset: 'en' is for hub ids"),
+    (
+      '--config.text.path=nothing.txt',
+      "text.path: no file matches 'nothing.txt",
+    ),
     ('--store=/proc/nothing/store', '--store: cannot write /proc/nothing'),
   ],
 )
@@ -363,6 +369,44 @@ def test_another_separator_would_hold_out_other_text(smoke, tmp_path):
   refuse('train', *flags, other, match='separator=None')
   flags = (f'--workdir={workdir}', '--config.eval.tokens=500')
   refuse('evaluate', *flags, other, match='text.separator is None there')
+
+
+@pytest.mark.slow
+def test_a_stream_of_documents_goes_through_the_commands(tmp_path):
+  documents = text.read_documents('stdlib', None).texts
+  short = [{'body': d} for d in documents if len(d) < 3000]
+  lines = '\n'.join(map(json.dumps, short))
+  (tmp_path / 'lib.jsonl').write_text(lines)
+  config = tmp_path / 'config.py'
+  config.write_text(
+    'from experiments import smoke\n\n'
+    'def get_config():\n'
+    '  c = smoke.get_config()\n'
+    f'  c.text.path = {str(tmp_path / "lib.jsonl")!r}\n'
+    "  c.text.field, c.text.order, c.text.window = 'body', 'source', 16\n"
+    '  c.text.prepend_bos = None\n'
+    '  return c\n'
+  )
+  store, workdir = f'--store={tmp_path}/store', f'--workdir={tmp_path}/run'
+  run('harvest', store, config=config)
+  identity = open_store(f'{tmp_path}/store').identity['text']
+  assert identity['prepend_bos'] is False and identity['documents'] is None
+  assert (identity['field'], identity['window']) == ('body', 16)
+  run('train', store, workdir, config=config)
+  # Neither order nor window decide what is held out.
+  run('evaluate', workdir, '--config.text.order=hash', config=config)
+  records = json.loads((tmp_path / 'run/eval/step_40.json').read_text())
+  assert all(r['num_tokens'] == 1000 for r in records)
+  refuse(
+    'train', store, f'--workdir={tmp_path}/other', '--config.text.window=32',
+    config=config, match='was harvested with text.window=16, and the config has',
+  )  # fmt: skip
+  # Found late, and what there was is kept.
+  refuse(
+    'harvest', f'--store={tmp_path}/more', '--config.store.tokens=200000',
+    config=config, match='usable tokens in full contexts of 32, and 200000 are',
+  )  # fmt: skip
+  assert len(list((tmp_path / 'more' / 'records').glob('*'))) > 10
 
 
 def test_the_same_model_may_lie_elsewhere(smoke, tmp_path):

@@ -102,10 +102,28 @@ def accelerator(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def hub_text(
-  c: ml_collections.ConfigDict, path: str, *, context_length: int
+  c: ml_collections.ConfigDict,
+  path: str,
+  *,
+  context_length: int,
+  subset: str | None = None,
 ) -> ml_collections.ConfigDict:
-  """Sets the text: a data set of the hub, its documents one behind the other."""
+  """Sets the text: a data set of the hub, its documents one behind the other.
+
+  Args:
+    c: a whole config.
+    path: the data set's id.
+    context_length: of the paper for this model, or of common use.
+    subset: what the data set calls a configuration.
+  """
   c.text.path = path
+  c.text.field = 'text'
+  c.text.subset = subset
+  c.text.split = 'train'
+  # In the source's order, or all of it would be read before the first row.
+  c.text.order = 'source'
+  c.text.window = 2**24 // context_length  # 16.8 M tokens permuted together.
+  c.text.prepend_bos = config_dict.placeholder(bool)  # The model's own policy.
   c.text.packing = 'stream'
   c.text.context_length = context_length
   return c

@@ -1,20 +1,21 @@
 """Runs the language model to fill buffers of rows, for a store or a stream.
 
-Rows come in a random order: contexts are permuted over the whole text, and rows
-within a buffer. Both orders are functions of the seed, so that any buffer can be
-made alone, by anybody, and made again.
+Rows come in a random order: contexts are permuted in windows of the text, and
+rows within a buffer. Both orders are functions of the seed, so that any buffer
+can be made alone, by anybody, and made again.
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.activations.layout import Encoding
+from gsae_jax.activations.layout import ROW_ARRAYS, Encoding
+from gsae_jax.activations.windows import Window, Windows
 from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.layouts import Layout, make_layout
 from gsae_jax.lm.text import Contexts
@@ -40,7 +41,7 @@ class Source:
   def __init__(
     self,
     lm: LanguageModel,
-    contexts: Contexts,
+    windows: Iterable[Contexts],
     *,
     sites: tuple[str, ...],
     rows: int,
@@ -51,11 +52,12 @@ class Source:
     layout: Layout,
     epoch: int = 0,
   ):
-    """Plans the buffers; nothing runs yet.
+    """Plans the buffers; the model does not run yet.
 
     Args:
       lm: the language model.
-      contexts: at least `rows` of their positions are in the mask.
+      windows: contexts, so many at a time, each time from the first; at least
+        `rows` of their positions are in the mask.
       sites: which activations to keep.
       rows: N.
       buffer_rows: rows that are permuted together, in host memory.
@@ -72,14 +74,14 @@ class Source:
     self.buffer_rows = buffer_rows
     self.buffers = -(-rows // buffer_rows)
     self._dtype = np.dtype(DTYPES[dtype])
-    self._contexts = contexts
     self._seed = seed
     self._batch = batch_contexts * layout.parts
     self._split = layout.contexts
     self._params = lm.load(
       layout.place, blocks=lm.module.config.blocks_for(sites)
     )
-    self.set_epoch(epoch)
+    self.epoch = epoch
+    self._windows = Windows(windows, seed, epoch)
 
     @functools.partial(jax.jit, static_argnames='dtype')
     def forward(params, ids_BL, encodings, dtype):
@@ -98,36 +100,47 @@ class Source:
     self.forward = forward
 
   def digest(self) -> str:
-    """SHA-256 of every context and of their order: all but the model itself."""
+    """SHA-256 of every context of the first window and of their order.
+
+    Of a text that is one window, that is all but the model itself.
+    """
+    self._windows.rewind()
+    window = self._windows.current
+    contexts = window.contexts
     digest = hashlib.sha256()
-    c = self._contexts
-    for array in (c.ids_CL, c.mask_CL, c.special_CL, c.documents_CL):
-      digest.update(np.ascontiguousarray(array))
-    digest.update(self._order_C)
+    digest.update(np.ascontiguousarray(contexts.ids_CL))
+    for of in (contexts.mask, contexts.special, contexts.documents):
+      for chosen in contexts.slices():
+        digest.update(np.ascontiguousarray(of(chosen)))
+    digest.update(window.order_C)
     return digest.hexdigest()
 
   def set_epoch(self, epoch: int) -> None:
-    """Permutes the contexts anew."""
+    """Permutes the contexts anew, from the first window on."""
     self.epoch = epoch
-    self._order_C = np.random.default_rng((self._seed, 0, epoch)).permutation(
-      len(self._contexts.ids_CL)
-    )
-    self._ends_C = np.cumsum(self._contexts.mask_CL.sum(1)[self._order_C])
+    self._windows.restart(epoch)
+
+  def close(self) -> None:
+    """Leaves the text; the window in hand can still be used."""
+    self._windows.close()
 
   def encodings(self) -> dict[str, Encoding]:
     """Mean and scale of each site, from the first rows of the order."""
-    last = int(np.searchsorted(self._ends_C, min(_PILOT_ROWS, self.rows)))
-    chosen_C = self._order_C[: last + 1]
     nothing_done = dict.fromkeys(self.sites)
     sums = {site: np.zeros(width) for site, width in self.widths.items()}
     squares = {site: np.zeros(width) for site, width in self.widths.items()}
     count = 0
-    for mask_BL, taken in self._passes(chosen_C, nothing_done, jnp.float32):
-      count += int(mask_BL.sum())
-      for site, x_BLD in taken.items():
-        x_ND = x_BLD[mask_BL].astype(np.float64)
-        sums[site] += x_ND.sum(0)
-        squares[site] += (x_ND**2).sum(0)
+    rows = min(_PILOT_ROWS, self.rows)
+    for window in self._windows.covering(0, rows, nothing):
+      chosen_C, _ = window.holding(0, rows - window.first_row)
+      for mask_BL, taken in self._passes(
+        window.contexts, chosen_C, nothing_done, jnp.float32
+      ):
+        count += int(mask_BL.sum())
+        for site, x_BLD in taken.items():
+          x_ND = x_BLD[mask_BL].astype(np.float64)
+          sums[site] += x_ND.sum(0)
+          squares[site] += (x_ND**2).sum(0)
     encodings = {}
     for site in self.sites:
       mean_D = sums[site] / count
@@ -140,7 +153,7 @@ class Source:
     return encodings
 
   def _passes(
-    self, chosen_C: np.ndarray, encodings, dtype, tick=nothing
+    self, contexts: Contexts, chosen_C, encodings, dtype, tick=nothing
   ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yields mask and activations of one batch after the other.
 
@@ -152,7 +165,7 @@ class Source:
     }
 
     def start(i):
-      ids_BL = self._contexts.ids_CL[chosen_C[i : i + self._batch]]
+      ids_BL = contexts.ids_CL[chosen_C[i : i + self._batch]]
       missing = self._batch - len(ids_BL)
       ids_BL = np.pad(ids_BL, ((0, missing), (0, 0)))
       ids_BL = jax.device_put(ids_BL, self._split)
@@ -164,7 +177,7 @@ class Source:
       taken = running
       if i + self._batch < len(chosen_C):
         running = start(i + self._batch)
-      mask_BL = self._contexts.mask_CL[chosen_C[i : i + self._batch]]
+      mask_BL = contexts.mask(chosen_C[i : i + self._batch])
       yield (
         mask_BL,
         {k: v[: len(mask_BL)] for k, v in jax.device_get(taken).items()},
@@ -185,40 +198,60 @@ class Source:
     """
     start = number * self.buffer_rows
     stop = min(start + self.buffer_rows, self.rows)
-    first = int(np.searchsorted(self._ends_C, start, side='right'))
-    last = int(np.searchsorted(self._ends_C, stop, side='left'))
-    chosen_C = self._order_C[first : last + 1]
-    before = int(self._ends_C[first - 1]) if first else 0
-    mask_CL = self._contexts.mask_CL[chosen_C]
-    # Where each usable position goes. A context that straddles two buffers runs
-    # for both; what belongs to the other goes nowhere.
-    keep = slice(start - before, stop - before)
     rng = np.random.default_rng((self._seed, 1, self.epoch, number))
     place_N = rng.permutation(stop - start)
-    shape = mask_CL.shape
-    positions_CL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    contexts_CL = np.broadcast_to(chosen_C.astype(np.int32)[:, None], shape)
-    values = {}
-    for name, source_CL in (
-      ('token_ids', self._contexts.ids_CL[chosen_C]),
-      ('positions', positions_CL),
-      ('context_ids', contexts_CL),
-      ('document_ids', self._contexts.documents_CL[chosen_C]),
-      ('special', self._contexts.special_CL[chosen_C]),
-    ):
-      values[name] = np.empty(stop - start, source_CL.dtype)
-      values[name][place_N] = source_CL[mask_CL][keep]
+    values = {k: np.empty(stop - start, v) for k, v in ROW_ARRAYS.items()}
     for site, width in self.widths.items():
       values[site] = np.empty((stop - start, width), self._dtype)
+    for window in self._windows.covering(start, stop, tick):
+      first = max(start, window.first_row)
+      last = min(stop, window.end_row)
+      self._fill(
+        values,
+        place_N[first - start : last - start],
+        window,
+        slice(first - window.first_row, last - window.first_row),
+        encodings,
+        tick,
+      )
+    return values
+
+  def _fill(
+    self,
+    values: dict[str, np.ndarray],
+    place_N: np.ndarray,
+    window: Window,
+    rows: slice,
+    encodings: Mapping[str, Encoding | None],
+    tick: Callable[[], None],
+  ) -> None:
+    """Puts some rows of a window where they belong in a buffer."""
+    contexts = window.contexts
+    # Where each usable position goes. A context that straddles two buffers runs
+    # for both; what belongs to the other goes nowhere.
+    chosen_C, keep = window.holding(rows.start, rows.stop)
+    mask_CL = contexts.mask(chosen_C)
+    shape = mask_CL.shape
+    positions_CL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    numbers_C = (window.first_context + chosen_C).astype(np.int32)
+    for name, source_CL in (
+      ('token_ids', contexts.ids_CL[chosen_C]),
+      ('positions', positions_CL),
+      ('context_ids', np.broadcast_to(numbers_C[:, None], shape)),
+      ('document_ids', contexts.documents(chosen_C)),
+      ('special', contexts.special(chosen_C)),
+    ):
+      values[name][place_N] = source_CL[mask_CL][keep]
     at = -keep.start  # Of the batch's first row, before the permutation.
-    for mask_BL, taken in self._passes(chosen_C, encodings, self._dtype, tick):
-      rows = int(mask_BL.sum())
-      mine = slice(max(at, 0), min(at + rows, stop - start))
+    for mask_BL, taken in self._passes(
+      contexts, chosen_C, encodings, self._dtype, tick
+    ):
+      count = int(mask_BL.sum())
+      mine = slice(max(at, 0), min(at + count, len(place_N)))
       for site, x_BLD in taken.items():
         x_ND = x_BLD[mask_BL][mine.start - at : mine.stop - at]
         values[site][place_N[mine]] = x_ND
-      at += rows
-    return values
+      at += count
 
 
 def open_source(
@@ -235,7 +268,7 @@ def open_source(
 
   Args:
     lm: arguments of `load_language_model`, and `layout`.
-    text: of `text.prepare`.
+    text: the config's fields `text.*`.
     store: the config's fields `store.*`.
     sites: names of the sites.
     seed: of the order of rows.
@@ -246,6 +279,7 @@ def open_source(
     the source, the identity of what it makes (everything that determines it, as
     plain data), and its provenance.
   """
+  text_lib.check(text)  # Before the model is loaded.
   lm = dict(lm)
   kind = lm.pop('layout')
   opened = load_language_model(**lm)
@@ -254,12 +288,13 @@ def open_source(
     config.check_site(site)
   opened.check_context_length(text['context_length'])
   layout = make_layout(kind, config, opened.bytes, devices, model)
-  documents, contexts = text_lib.prepare(
+  text = text_lib.resolve(text, opened.tokenizer)
+  prepared = text_lib.prepare(
     text, opened.tokenizer, part='train', rows=store['tokens']
   )
   source = Source(
     opened,
-    contexts,
+    prepared.windows,
     sites=sites,
     rows=store['tokens'],
     buffer_rows=store['buffer_rows'],
@@ -273,7 +308,7 @@ def open_source(
   kept = {k: v for k, v in store.items() if k != 'batch_contexts'}
   identity = {
     'lm': opened.identity,
-    'text': policy | {'documents': documents.digest},
+    'text': policy | {'documents': prepared.documents},
     'sites': list(sites),
     'store': kept,
     'seed': seed,

@@ -16,6 +16,7 @@ class Tokenizer:
 
   Attributes:
     bos_id: id of the beginning-of-text token, or None.
+    adds_bos: whether the model is used to a BOS in front of a text.
     special_ids: sorted ids of every token marked special.
     digest: SHA-256 of the file.
     largest_id: of all tokens; ids may leave gaps.
@@ -39,6 +40,7 @@ class Tokenizer:
     added = self._tokenizer.get_added_tokens_decoder()
     self.special_ids = tuple(sorted(i for i, t in added.items() if t.special))
     self.bos_id = self._bos_id(folder)
+    self.adds_bos = self._adds_bos(folder)
 
   def _bos_id(self, folder: str) -> int | None:
     for name, key in (
@@ -55,6 +57,14 @@ class Tokenizer:
         if value is not None:  # Id 0 is a token like any other.
           return value
     return None
+
+  def _adds_bos(self, folder: str) -> bool:
+    with_special = self._tokenizer.encode('a', add_special_tokens=True).ids
+    if self.bos_id is not None and with_special[:1] == [self.bos_id]:
+      return True
+    # What transformers adds for tokenizers whose file does not say.
+    path = os.path.join(folder, 'tokenizer_config.json')
+    return os.path.exists(path) and bool(read_json(path).get('add_bos_token'))
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens around it."""

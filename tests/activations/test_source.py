@@ -1,5 +1,7 @@
 """Rows of a store against the language model that made them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -28,7 +30,8 @@ def source(lm, contexts, **changes):
     'seed': 0,
     'layout': layout_of(lm),
   }
-  return Source(lm, contexts, **values | changes)
+  windows = [contexts] if isinstance(contexts, text.Contexts) else contexts
+  return Source(lm, windows, **values | changes)
 
 
 def buffer(source, number, **kwargs):
@@ -65,10 +68,16 @@ def test_the_digest_is_of_every_token_and_their_order(embedded, contexts):
   digest = source(embedded, contexts).digest()
   assert digest == source(embedded, contexts, buffer_rows=4096).digest()
   assert digest != source(embedded, contexts, seed=1).digest()
-  for i in range(4):  # Ids, mask, special, documents.
-    arrays = [a.copy() for a in vars(contexts).values()]
-    arrays[i][-1, -1] = ~arrays[i][-1, -1]
-    other = text.Contexts(*arrays)
+  ids_CL, documents_R = contexts.ids_CL.copy(), contexts.documents_R.copy()
+  ids_CL[-1, -1] += 1
+  documents_R[-1] += 1
+  for change in (
+    {'ids_CL': ids_CL},
+    {'documents_R': documents_R},
+    {'special_ids': (0, 5)},
+    {'special_tokens': 'keep'},
+  ):
+    other = dataclasses.replace(contexts, **change)
     assert digest != source(embedded, other).digest()
 
 
@@ -165,7 +174,9 @@ def test_the_model_stops_behind_the_last_site(stories):
   ids = np.ones((8, 64), np.int32)
 
   def flops(sites):
-    contexts = text.Contexts(ids, ids > 0, ids < 0, ids.astype(np.uint64))
+    contexts = text.Contexts(
+      ids, (), 'drop', np.zeros(1, np.int64), np.ones(1, np.uint64)
+    )
     make = source(lm, contexts, sites=sites, rows=8, batch_contexts=2)
     lowered = make.forward.lower(
       lm.params,

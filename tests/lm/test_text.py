@@ -1,12 +1,17 @@
 """Documents, their split, and packing."""
 
+import dataclasses
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from gsae_jax.errors import UserError
 from gsae_jax.lm import text
+from gsae_jax.lm.contexts import Held
+from gsae_jax.lm.documents import document_id
+from tests.lm import golden_text
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +86,7 @@ def test_every_token_knows_its_document(tokenizer):
     ids, documents = contexts.ids_CL, contexts.documents_CL
     assert documents.shape == ids.shape and documents.dtype == np.uint64
     for i, source in enumerate(texts):
-      mine = documents == text.document_id(source)
+      mine = documents == document_id(source)
       want = tokenizer.encode([source])[0]
       got = ids[mine & contexts.mask_CL].tolist()
       assert got == want[: len(got)]
@@ -91,7 +96,7 @@ def test_every_token_knows_its_document(tokenizer):
         cuts = mine[1:, 1] & mine[:-1, -1]
         assert (mine & contexts.special_CL).sum() == 1 + cuts.sum()
   digest = hashlib.sha256(texts[0].encode()).hexdigest()
-  assert text.document_id(texts[0]) == int(digest[:16], 16)
+  assert document_id(texts[0]) == int(digest[:16], 16)
 
 
 def test_document_packing_begins_every_context_with_a_document(tokenizer):
@@ -109,6 +114,104 @@ def test_without_bos_there_is_none(tokenizer):
   assert contexts.ids_CL.ravel().tolist() == want[: contexts.ids_CL.size]
 
 
+# By the code that packed one document after the other, kept in memory.
+GOLDEN = (
+  '4407d99a46764c32', '368496286b59a8d5', '34e3a68670876725',
+  '3533fb3fff008776', '442921f7a8e1d49e', '9dfe32068683d70c',
+  'c7327d67aaf901fd', '5c35686575472985',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'policy, digest', list(zip(golden_text.POLICIES, GOLDEN, strict=True))
+)
+def test_contexts_are_what_they_have_always_been(
+  policy, digest, tokenizer, tmp_path
+):
+  packing, prepend_bos, special_tokens = policy
+  path = tmp_path / 'golden.txt'
+  path.write_text('<sep>'.join(golden_text.documents()), newline='')
+  documents = text.read_documents(str(path), '<sep>')
+  assert documents.digest.startswith('1d4b86ee551f96eb36e0783e4cc5e764')
+  contexts = pack(
+    text.split(documents, 0.1, 'train'),
+    tokenizer,
+    context_length=32,
+    packing=packing,
+    prepend_bos=prepend_bos,
+    special_tokens=special_tokens,
+    rows=5000,
+  )
+  arrays = 'ids_CL', 'mask_CL', 'special_CL', 'documents_CL'
+  assert digest == golden_text.digest(*(getattr(contexts, a) for a in arrays))
+
+
+@pytest.mark.parametrize('packing', ['stream', 'documents'])
+@pytest.mark.parametrize('window', [1, 7, 50, 10_000])
+def test_windows_are_the_contexts_in_pieces(packing, window, tokenizer):
+  policy = {
+    'context_length': 32,
+    'packing': packing,
+    'prepend_bos': True,
+    'special_tokens': 'drop',
+    'rows': 5000,
+  }
+  texts = golden_text.documents()
+  whole = text.pack(texts, tokenizer, **policy)
+  found = list(text.windows(texts, tokenizer, **policy, window=window))
+  sizes = [len(w) for w in found]
+  assert sizes[:-1] == [window] * (len(sizes) - 1) and sizes[-1] <= window
+  assert (len(found) > 1) == (window < 100)
+  for name in ('ids_CL', 'mask_CL', 'special_CL', 'documents_CL'):
+    got = np.concatenate([getattr(w, name) for w in found])
+    np.testing.assert_array_equal(got, getattr(whole, name))
+  # Of some contexts, the same as of all.
+  chosen_C = np.array([5, 0, 3]) % len(found[0])
+  np.testing.assert_array_equal(
+    found[0].documents(chosen_C), whole.documents_CL[chosen_C]
+  )
+  np.testing.assert_array_equal(found[0].counted(), found[0].mask_CL.sum(1))
+
+
+def test_a_part_of_contexts_knows_its_documents(tokenizer):
+  contexts = pack(golden_text.documents(), tokenizer, rows=3000)
+  for start, stop in ((0, 3), (17, 18), (40, len(contexts))):
+    part = contexts.part(start, stop)
+    want = contexts.documents_CL[start:stop]
+    np.testing.assert_array_equal(part.documents_CL, want)
+    assert part.starts_R[0] == 0 and len(part.starts_R) <= np.size(want)
+
+
+def test_tokens_are_not_kept_in_memory(tokenizer):
+  contexts = pack(golden_text.documents(), tokenizer, rows=3000)
+  assert isinstance(contexts.ids_CL.base, np.memmap)
+  runs = contexts.starts_R.nbytes + contexts.documents_R.nbytes
+  assert runs < 0.2 * contexts.ids_CL.nbytes
+
+
+def test_tokens_are_not_kept_in_memory_while_they_are_collected(tokenizer):
+  block = pack(golden_text.documents(), tokenizer, rows=30_000)
+  held = Held(16)
+  tracemalloc.start()
+  for _ in range(20):
+    ids_CL = np.array(block.ids_CL)
+    held.add(dataclasses.replace(block, ids_CL=ids_CL))
+    del ids_CL
+  kept, _ = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  held.close()
+  assert kept < 20 * block.ids_CL.size  # Bytes.
+
+
+def test_nowhere_to_keep_tokens_is_a_line(tokenizer, monkeypatch):
+  def full(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('tempfile.TemporaryFile', full)
+  with pytest.raises(UserError, match='No space left on device.*TMPDIR'):
+    pack(golden_text.documents(), tokenizer)
+
+
 def test_keep_counts_special_tokens_too(tokenizer):
   contexts = pack(['import os\n' * 300], tokenizer, special_tokens='keep')
   assert contexts.mask_CL.all() and contexts.special_CL[:, 0].all()
@@ -119,6 +222,9 @@ def test_too_little_text_and_too_little_tokenizer(tokenizer, tmp_path):
     UserError, match='has 15 usable tokens in full contexts of 16'
   ):
     pack(['pass\n' * 10], tokenizer)
+  for texts in (['x'], []):
+    with pytest.raises(UserError, match='has 0 usable tokens in full contexts'):
+      pack(texts, tokenizer)
   with pytest.raises(UserError, match="no file matches '.*nothing.*'"):
     text.read_documents(str(tmp_path / 'nothing*'), None)
   (tmp_path / 'empty').write_text(' \n')

@@ -68,16 +68,15 @@ def make_tokenizer(texts, folder: str) -> Tokenizer:
 
 def all_contexts(texts, tokenizer: Tokenizer) -> text.Contexts:
   """Every full context of the texts."""
-  pieces = text.pieces(
+  return text.pack(
     texts,
     tokenizer,
     context_length=CONFIG['n_ctx'],
     packing='stream',
     prepend_bos=True,
+    special_tokens='drop',
+    rows=None,
   )
-  ids_CL, documents_CL = (np.stack(a) for a in zip(*pieces, strict=True))
-  special_CL = np.isin(ids_CL, tokenizer.special_ids)
-  return text.Contexts(ids_CL, ~special_CL, special_CL, documents_CL)
 
 
 def losses(params, module: Transformer, ids_BL: jax.Array) -> jax.Array:

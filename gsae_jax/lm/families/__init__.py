@@ -10,8 +10,15 @@ A family is a module with
                  is no parameter.
 """
 
-from gsae_jax.lm.families import gelu_1l, gemma, gpt2, gpt_neox
-from gsae_jax.lm.families import llama, mistral, qwen
+from gsae_jax.lm.families import (
+  gelu_1l,
+  gemma,
+  gpt2,
+  gpt_neox,
+  llama,
+  mistral,
+  qwen,
+)
 
 FAMILIES = {
   model_type: family

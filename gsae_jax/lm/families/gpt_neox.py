@@ -33,6 +33,7 @@ def config(raw: dict) -> TransformerConfig:
 
 def weights(c: TransformerConfig) -> hf.Table:
   transposed = lambda w: w.T
+  heads = lambda w, *rest: w.reshape(c.heads, 3, c.head_width, *rest)
   table = {
     'W_E': ('gpt_neox.embed_in.weight', hf.same),
     'ln_final/scale': ('gpt_neox.final_layer_norm.weight', hf.same),
@@ -46,16 +47,15 @@ def weights(c: TransformerConfig) -> hf.Table:
       table[f'{ours}/ln{n}/scale'] = (f'{theirs}.{name}.weight', hf.same)
       table[f'{ours}/ln{n}/bias'] = (f'{theirs}.{name}.bias', hf.same)
     fused = f'{theirs}.attention.query_key_value'
-    shape = c.heads, 3, c.head_width
     for j, name in enumerate('QKV'):  # Each head holds its three.
       table[f'{ours}/attn/W_{name}'] = (
         f'{fused}.weight',
-        lambda w, j=j: w.reshape(*shape, -1)[:, j].transpose(2, 0, 1),
+        lambda w, j=j: heads(w, -1)[:, j].transpose(2, 0, 1),
       )
       if c.qkv_bias:
         table[f'{ours}/attn/b_{name}'] = (
           f'{fused}.bias',
-          lambda w, j=j: w.reshape(*shape)[:, j],
+          lambda w, j=j: heads(w)[:, j],
         )
     for path, layer, biased in (
       ('attn/W_O', 'attention.dense', c.out_bias),
