@@ -71,7 +71,9 @@ def get_config() -> ml_collections.ConfigDict:
   # With bfloat16, True takes a fixed mean off before the cast, and puts it back
   # on when reading: the bits go to what differs between tokens.
   c.store.centre = False
-  c.store.batch_contexts = 64  # Contexts per device and pass of the model.
+  # Contexts per device and pass of the model (per part that contexts are divided
+  # into, if the model is divided); None: as many as fit.
+  c.store.batch_contexts = 64
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 6_000

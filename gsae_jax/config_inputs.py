@@ -61,13 +61,15 @@ class StoreConfig:
   buffer_rows: int
   dtype: str
   centre: bool
-  batch_contexts: int
+  batch_contexts: int | None
 
   def __post_init__(self):
     checks.choice('store.dtype', self.dtype, ('float32', 'bfloat16'))
     sizes = ('tokens', 'chunk_rows', 'shard_rows', 'buffer_rows')
-    for name in (*sizes, 'batch_contexts'):
+    for name in sizes:
       checks.at_least(f'store.{name}', getattr(self, name), 1)
+    if self.batch_contexts is not None:
+      checks.at_least('store.batch_contexts', self.batch_contexts, 1)
     for part, whole in itertools.pairwise(sizes[1:]):
       checks.multiple(
         f'store.{whole}',

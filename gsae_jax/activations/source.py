@@ -5,27 +5,23 @@ rows within a buffer. Both orders are functions of the seed, so that any buffer
 can be made alone, by anybody, and made again.
 """
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax.activations.forward import Forward, nothing
 from gsae_jax.activations.layout import ROW_ARRAYS, Encoding
 from gsae_jax.activations.windows import Window, Windows
 from gsae_jax.lm import text as text_lib
-from gsae_jax.lm.layouts import Layout, make_layout
+from gsae_jax.lm.layouts import make_layout
 from gsae_jax.lm.text import Contexts
-from gsae_jax.lm.weights import DTYPES, LanguageModel, load_language_model
+from gsae_jax.lm.weights import DTYPES, load_language_model
 
 _PILOT_ROWS = 65_536  # Whose mean is removed before the cast to bfloat16.
-
-
-def nothing() -> None:
-  """What is called between two passes of the model when nobody asks."""
 
 
 class Source:
@@ -40,64 +36,37 @@ class Source:
 
   def __init__(
     self,
-    lm: LanguageModel,
+    forward: Forward,
     windows: Iterable[Contexts],
     *,
-    sites: tuple[str, ...],
     rows: int,
     buffer_rows: int,
-    batch_contexts: int,
     dtype: str,
     seed: int,
-    layout: Layout,
     epoch: int = 0,
   ):
     """Plans the buffers; the model does not run yet.
 
     Args:
-      lm: the language model.
+      forward: runs the language model.
       windows: contexts, so many at a time, each time from the first; at least
         `rows` of their positions are in the mask.
-      sites: which activations to keep.
       rows: N.
       buffer_rows: rows that are permuted together, in host memory.
-      batch_contexts: contexts of each part of the layout and forward pass. The
-        numbers depend on it in their last bits, and not on how many parts.
       dtype: what rows are stored as.
       seed: of both orders.
-      layout: of the model, and of the contexts of a pass.
       epoch: each has an order of its own; a store is the first.
     """
-    self.sites = sites
-    self.widths = {s: lm.module.config.check_site(s) for s in sites}
+    self.sites = forward.sites
+    self.widths = forward.widths
     self.rows = rows
     self.buffer_rows = buffer_rows
     self.buffers = -(-rows // buffer_rows)
     self._dtype = np.dtype(DTYPES[dtype])
     self._seed = seed
-    self._batch = batch_contexts * layout.parts
-    self._split = layout.contexts
-    self._params = lm.load(
-      layout.place, blocks=lm.module.config.blocks_for(sites)
-    )
+    self._forward = forward
     self.epoch = epoch
     self._windows = Windows(windows, seed, epoch)
-
-    @functools.partial(jax.jit, static_argnames='dtype')
-    def forward(params, ids_BL, encodings, dtype):
-      _, taken = lm.module.apply(
-        {'params': layout.gather(params)}, ids_BL, sites=sites, output=None
-      )
-      out = {}
-      for site in sites:
-        x_BLD = taken[site]
-        if encodings[site] is not None:
-          mean_D, scale = encodings[site]
-          x_BLD = (x_BLD.astype(jnp.float32) - mean_D) / scale
-        out[site] = x_BLD.astype(dtype)
-      return out
-
-    self.forward = forward
 
   def digest(self) -> str:
     """SHA-256 of every context of the first window and of their order.
@@ -133,7 +102,7 @@ class Source:
     rows = min(_PILOT_ROWS, self.rows)
     for window in self._windows.covering(0, rows, nothing):
       chosen_C, _ = window.holding(0, rows - window.first_row)
-      for mask_BL, taken in self._passes(
+      for mask_BL, taken in self._forward.passes(
         window.contexts, chosen_C, nothing_done, jnp.float32
       ):
         count += int(mask_BL.sum())
@@ -151,37 +120,6 @@ class Source:
         scale=np.float32(2.0 ** np.round(np.log2(variance) / 2)),
       )
     return encodings
-
-  def _passes(
-    self, contexts: Contexts, chosen_C, encodings, dtype, tick=nothing
-  ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Yields mask and activations of one batch after the other.
-
-    The next pass runs while the last one's activations are being used.
-    """
-    plain = {
-      site: e and (e.mean_D, np.float32(e.scale))
-      for site, e in encodings.items()
-    }
-
-    def start(i):
-      ids_BL = contexts.ids_CL[chosen_C[i : i + self._batch]]
-      missing = self._batch - len(ids_BL)
-      ids_BL = np.pad(ids_BL, ((0, missing), (0, 0)))
-      ids_BL = jax.device_put(ids_BL, self._split)
-      return self.forward(self._params, ids_BL, plain, dtype=dtype)
-
-    running = start(0)
-    for i in range(0, len(chosen_C), self._batch):
-      tick()
-      taken = running
-      if i + self._batch < len(chosen_C):
-        running = start(i + self._batch)
-      mask_BL = contexts.mask(chosen_C[i : i + self._batch])
-      yield (
-        mask_BL,
-        {k: v[: len(mask_BL)] for k, v in jax.device_get(taken).items()},
-      )
 
   def buffer(
     self,
@@ -243,7 +181,7 @@ class Source:
     ):
       values[name][place_N] = source_CL[mask_CL][keep]
     at = -keep.start  # Of the batch's first row, before the permutation.
-    for mask_BL, taken in self._passes(
+    for mask_BL, taken in self._forward.passes(
       contexts, chosen_C, encodings, self._dtype, tick
     ):
       count = int(mask_BL.sum())
@@ -287,21 +225,24 @@ def open_source(
   for site in sites:  # Before the text is read.
     config.check_site(site)
   opened.check_context_length(text['context_length'])
-  layout = make_layout(kind, config, opened.bytes, devices, model)
   text = text_lib.resolve(text, opened.tokenizer)
   prepared = text_lib.prepare(
     text, opened.tokenizer, part='train', rows=store['tokens']
   )
-  source = Source(
+  forward = Forward(
     opened,
+    sites,
+    layout=make_layout(kind, config, opened.bytes, devices, model),
+    batch_contexts=store['batch_contexts'],
+    length=text['context_length'],
+  )
+  source = Source(
+    forward,
     prepared.windows,
-    sites=sites,
     rows=store['tokens'],
     buffer_rows=store['buffer_rows'],
-    batch_contexts=store['batch_contexts'],
     dtype=store['dtype'],
     seed=seed,
-    layout=layout,
   )
   # The documents say better than the path what the text is.
   policy = {k: v for k, v in text.items() if k != 'path'}

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from gsae_jax.activations.forward import nothing
 from gsae_jax.activations.layout import Encoding, content_hash
 from gsae_jax.activations.placement import Placement, local_rows
 from gsae_jax.activations.shards import row_sums
-from gsae_jax.activations.source import Source, nothing
+from gsae_jax.activations.source import Source
 from gsae_jax.activations.store import Site, Store
 from gsae_jax.errors import UserError
 

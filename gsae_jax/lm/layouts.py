@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax.errors import UserError
-from gsae_jax.lm.transformer import TransformerConfig
+from gsae_jax.lm.architecture import TransformerConfig
 
 LAYOUTS = ('auto', 'replicated', 'tensor', 'fully_sharded')
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from gsae_jax.activations.forward import Forward, fitting, make_forward
 from gsae_jax.activations.layout import Encoding
 from gsae_jax.activations.source import Source
 from gsae_jax.errors import Preempted
@@ -20,18 +21,17 @@ def contexts(embedded):
   return held_out_contexts(embedded, documents=40, rows=5000)
 
 
-def source(lm, contexts, **changes):
-  values = {
-    'sites': SITES,
-    'rows': 5000,
-    'buffer_rows': 2048,
-    'batch_contexts': 4,
-    'dtype': 'float32',
-    'seed': 0,
-    'layout': layout_of(lm),
-  }
+def forward(lm, sites=SITES, *, layout=None, batch_contexts=4, length=32):
+  layout = layout or layout_of(lm)
+  return Forward(
+    lm, sites, layout=layout, batch_contexts=batch_contexts, length=length
+  )
+
+
+def source(lm, contexts, *, run=None, **changes):
+  values = {'rows': 5000, 'buffer_rows': 2048, 'dtype': 'float32', 'seed': 0}
   windows = [contexts] if isinstance(contexts, text.Contexts) else contexts
-  return Source(lm, windows, **values | changes)
+  return Source(run or forward(lm), windows, **values | changes)
 
 
 def buffer(source, number, **kwargs):
@@ -99,11 +99,11 @@ def test_buffers_depend_on_seed_and_epoch_and_not_on_devices(
   assert same(one, buffer(source(embedded, contexts), 1))
   # To the bit, because each device does the same work.
   for devices in (1, 2):
-    few = source(
-      embedded, contexts, layout=layout_of(embedded, devices=devices)
-    )
+    layout = layout_of(embedded, devices=devices)
+    few = source(embedded, contexts, run=forward(embedded, layout=layout))
     assert same(one, buffer(few, 1))
-  other = buffer(source(embedded, contexts, batch_contexts=8), 1)
+  run = forward(embedded, batch_contexts=8)
+  other = buffer(source(embedded, contexts, run=run), 1)
   np.testing.assert_array_equal(one['token_ids'], other['token_ids'])
   np.testing.assert_allclose(one['mlp_out.0'], other['mlp_out.0'], atol=1e-5)
   seed = buffer(source(embedded, contexts, seed=1), 1)
@@ -142,10 +142,11 @@ def test_bfloat16_without_the_mean_keeps_more_of_what_differs(
   assert np.log2(encoding.scale) % 1 == 0
   # Of a site that never changes, rounding may make the variance negative.
   for value in np.linspace(0, 1, 9):
-    constant = source(embedded, contexts)
-    constant.forward = lambda params, ids, encodings, dtype, v=value: {
+    run = forward(embedded)
+    run.run = lambda params, ids, encodings, dtype, v=value: {
       site: np.full((*ids.shape, 128), v, np.float32) for site in SITES
     }
+    constant = source(embedded, contexts, run=run)
     assert constant.encodings()['mlp_out.0'].scale > 0
   # As if the site had a mean of thirty times what differs.
   far = Encoding(encoding.mean_D + 30 * exact.std(), encoding.scale)
@@ -174,11 +175,7 @@ def test_the_model_stops_behind_the_last_site(stories):
   ids = np.ones((8, 64), np.int32)
 
   def flops(sites):
-    contexts = text.Contexts(
-      ids, (), 'drop', np.zeros(1, np.int64), np.ones(1, np.uint64)
-    )
-    make = source(lm, contexts, sites=sites, rows=8, batch_contexts=2)
-    lowered = make.forward.lower(
+    lowered = make_forward(lm.module, layout_of(lm), sites).lower(
       lm.params,
       jax.numpy.asarray(ids),
       dict.fromkeys(sites),
@@ -189,3 +186,54 @@ def test_the_model_stops_behind_the_last_site(stories):
   first, last = flops(('resid_post.0',)), flops(('resid_post.4',))
   assert 4.5 < last / first < 5.5
   assert flops(('resid_post.0', 'mlp_out.0')) < 1.05 * first
+
+
+@pytest.mark.parametrize(
+  ('kind', 'model'),
+  [('tensor', 2), ('tensor', 4), ('fully_sharded', 1), ('fully_sharded', 2)],
+)
+def test_a_divided_model_gives_the_same_rows(kind, model, embedded, contexts):
+  sites = (*SITES, 'mlp_hidden.0', 'resid_post.0')
+  whole = buffer(source(embedded, contexts, run=forward(embedded, sites)), 1)
+  layout = layout_of(embedded, kind, model=model)
+  run = forward(embedded, sites, layout=layout)
+  divided = buffer(source(embedded, contexts, run=run), 1)
+  for name, want in whole.items():
+    if name in sites:
+      np.testing.assert_allclose(divided[name], want, atol=1e-5, err_msg=name)
+    else:
+      np.testing.assert_array_equal(divided[name], want, err_msg=name)
+
+
+def test_activations_of_a_divided_model_are_global_arrays(embedded, contexts):
+  sites = ('attn_pre_linear.0', 'resid_post.0')
+  layout = layout_of(embedded, 'tensor', model=2)
+  params = embedded.load(layout.place)
+  ids = jax.device_put(contexts.ids_CL[:8], layout.contexts)
+  run = make_forward(embedded.module, layout, sites)
+  taken = run(params, ids, dict.fromkeys(sites), dtype='float32')
+  for site in sites:
+    assert taken[site].shape == (8, 32, 128)
+    assert len(taken[site].sharding.device_set) == 4
+  # Heads lie where they were computed.
+  heads = taken['attn_pre_linear.0'].addressable_shards[0].data.shape
+  assert heads == (4, 32, 64)
+
+
+def test_a_batch_is_chosen_to_fit(embedded, contexts):
+  assert forward(embedded, batch_contexts=None).batch == 4 * 8192 // 32
+  need = lambda contexts: 1000 + 10 * contexts
+  # The most tokens, then half as often as need be; at least one context.
+  assert fitting(need, 10**9, 1024) == 64
+  assert fitting(need, 1500, 1024) == 32
+  assert fitting(need, 1, 1024) == 1 and fitting(need, None, 2**20) == 1
+
+
+def test_what_a_batch_needs_is_asked_of_the_compiler(embedded):
+  run = forward(embedded)
+  need = lambda contexts: run._needed(contexts, 32, np.dtype('float32'))
+  few, many = need(64), need(2048)
+  # Ids, two results of two sites, and some of what lies between.
+  least = 32 * (4 + 2 * 2 * 128 * 4)
+  assert many - few > (2048 - 64) * least
+  assert few > embedded.bytes / 4

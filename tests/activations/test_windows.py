@@ -99,7 +99,7 @@ def test_rows_come_window_by_window_and_each_once(embedded, file, whole):
     len(np.unique(stored['context_ids'] * 32 + stored['positions'])) == ROWS
   )
   _, taken = embedded.module.apply(
-    {'params': embedded.params}, contexts.ids_CL, sites=SITES, logits=False
+    {'params': embedded.params}, contexts.ids_CL, sites=SITES, output=None
   )
   for site in SITES:
     want = np.asarray(taken[site])[where]

@@ -2,8 +2,8 @@
 learned positions, untied unembedding (Nanda 2022). The embedded model is one.
 """
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families.hugging_face import Table, same
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('gelu_1l',)
 

@@ -4,8 +4,8 @@ Gemma 2 adds norms behind attention and MLP, soft caps and windows in every othe
 layer; Gemma 3 norms of queries and keys, and rotary positions by kind of layer.
 """
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families import hugging_face as hf
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('gemma', 'gemma2', 'gemma3_text', 'gemma3')
 weights = hf.decoder_weights

@@ -1,7 +1,7 @@
 """GPT-2: LayerNorm, learned positions, one matrix for queries, keys, values."""
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families import hugging_face as hf
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('gpt2',)
 

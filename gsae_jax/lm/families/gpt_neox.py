@@ -1,7 +1,7 @@
 """GPT-NeoX (Pythia): attention and MLP in parallel, a part of a head rotates."""
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families import hugging_face as hf
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('gpt_neox',)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from gsae_jax.errors import UserError
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.rotary import Rope, make_rope
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 Table = dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]
 

@@ -1,7 +1,7 @@
 """Llama 1 to 3: RMSNorm, rotary positions, grouped key-value heads, SwiGLU."""
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families import hugging_face as hf
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('llama',)
 weights = hf.decoder_weights

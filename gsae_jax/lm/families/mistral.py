@@ -1,8 +1,8 @@
 """Mistral: Llama with attention in a sliding window."""
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families import hugging_face as hf
 from gsae_jax.lm.families.llama import rename as rename
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('mistral',)
 weights = hf.decoder_weights

@@ -1,8 +1,8 @@
 """Qwen 2 (biases of queries, keys and values) and Qwen 3 (norms of them)."""
 
+from gsae_jax.lm.architecture import BlockConfig, TransformerConfig
 from gsae_jax.lm.families import hugging_face as hf
 from gsae_jax.lm.families.llama import rename as rename
-from gsae_jax.lm.transformer import BlockConfig, TransformerConfig
 
 MODEL_TYPES = ('qwen2', 'qwen3')
 weights = hf.decoder_weights
