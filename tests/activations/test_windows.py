@@ -132,7 +132,7 @@ def test_the_shares_of_two_are_the_buffers_of_one(embedded, file, whole):
 
 def test_epochs_and_encodings_start_from_the_beginning(embedded, file, whole):
   one = make(embedded, file)
-  encodings, digest = one.encodings(), one.digest()
+  digest, encodings = one.digest(), one.encodings()
   buffer(one, 7)
   assert one.digest() == digest  # Of the first window, wherever it is.
   np.testing.assert_array_equal(

@@ -146,6 +146,28 @@ def test_contexts_are_what_they_have_always_been(
   assert digest == golden_text.digest(*(getattr(contexts, a) for a in arrays))
 
 
+@pytest.mark.parametrize('policy', golden_text.POLICIES)
+@pytest.mark.parametrize('together', [1, 3, 50])
+def test_what_is_tokenised_together_does_not_matter(
+  policy, together, tokenizer, monkeypatch
+):
+  packing, prepend_bos, special_tokens = policy
+  make = lambda: pack(
+    golden_text.documents(60),
+    tokenizer,
+    context_length=100,  # Some documents are longer, most are shorter.
+    packing=packing,
+    prepend_bos=prepend_bos,
+    special_tokens=special_tokens,
+    rows=None,
+  )
+  whole = make()
+  monkeypatch.setattr('gsae_jax.lm.packing._DOCUMENTS', together)
+  parts = make()
+  for name in ('ids_CL', 'mask_CL', 'special_CL', 'documents_CL'):
+    np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+
+
 @pytest.mark.parametrize('packing', ['stream', 'documents'])
 @pytest.mark.parametrize('window', [1, 7, 50, 10_000])
 def test_windows_are_the_contexts_in_pieces(packing, window, tokenizer):
