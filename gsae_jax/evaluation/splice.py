@@ -53,18 +53,20 @@ class Devices:
     return lm.load(self.layout.place)
 
   def sae(self, params: dict[str, np.ndarray]) -> Any:
-    """Features are divided as the language model's heads are."""
     if self.parallel == 'pmap':
       return jax_utils.replicate(params)
-    size = self.layout.mesh.shape['model']
-    out = {}
-    for name, value in params.items():
-      spec = SPECS.get(name, P())
-      divided = [n for n, axis in zip(value.shape, spec, strict=False) if axis]
-      if any(n % size for n in divided):
-        spec = P()
-      out[name] = jax.device_put(value, NamedSharding(self.layout.mesh, spec))
-    return out
+    return {
+      name: jax.device_put(value, self.place_sae(name, value.shape))
+      for name, value in params.items()
+    }
+
+  def place_sae(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Features are divided as the language model's heads are, if they can be."""
+    mesh, spec = self.layout.mesh, SPECS.get(name, P())
+    divided = [n for n, axis in zip(shape, spec, strict=False) if axis]
+    if any(n % mesh.shape['model'] for n in divided):
+      spec = P()
+    return NamedSharding(mesh, spec)
 
   def spread(self, value: np.ndarray) -> Any:
     if self.parallel == 'pmap':

@@ -100,7 +100,7 @@ class LanguageModel:
     The host holds one of them at a time, beside what lies there to stay.
     """
     for path, shape in self.shapes.items():
-      if blocks is not None and not _is_below(path, blocks):
+      if blocks is not None and not is_below(path, blocks):
         continue
       tensor, orient = self._sources[path]
       view = orient(tensor.open())
@@ -113,7 +113,7 @@ class LanguageModel:
         yield path, jax.make_array_from_callback(shape, where, part)
 
 
-def _is_below(path: str, blocks: int) -> bool:
+def is_below(path: str, blocks: int) -> bool:
   """Whether a parameter is needed by the first blocks."""
   top = path.split('/')[0]
   if top.startswith('block_'):
@@ -149,7 +149,7 @@ def load_language_model(
     raise UserError(f'lm.path: {folder}/config.json has no {e}') from e
   except (TypeError, ValueError, AttributeError) as e:
     raise UserError(f'lm.path: {folder}/config.json: {e}') from e
-  shapes = _shapes(module)
+  shapes = parameter_shapes(module)
   found, files = tensors_lib.find(folder)
   sources = _match(family, module, shapes, found, folder)
   tokenizer = Tokenizer(folder)
@@ -197,7 +197,7 @@ def _folder(path: str, revision: str | None) -> str:
     ) from e
 
 
-def _shapes(module: Transformer) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(module: Transformer) -> dict[str, tuple[int, ...]]:
   """The shape of every parameter by its path, without making any."""
   tree = jax.eval_shape(
     module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)

@@ -1,9 +1,10 @@
 """Small random models of every family, as transformers' PyTorch has them."""
 
 import numpy as np
-import tokenizers
 import torch
 import transformers
+
+from tests.lm.golden import make_tensors, write_tokenizer
 
 LENGTH, VOCABULARY, LAYERS = 40, 96, 3
 
@@ -186,23 +187,22 @@ def make(name):
   """A model of random weights large enough that every flag shows."""
   family, settings = CASES[name]
   config = getattr(transformers, f'{family}Config')(**settings)
-  torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(
     config,
     attn_implementation='eager',  # The one that knows soft caps.
   ).eval()
+  parameters = dict(model.named_parameters())
+  shapes = {k: tuple(p.shape) for k, p in parameters.items()}
   with torch.no_grad():
-    for parameter in model.parameters():
-      parameter.add_(0.25 * torch.randn_like(parameter))
+    for k, value in make_tensors(shapes).items():
+      parameters[k].copy_(torch.from_numpy(value))
   return model
 
 
 def save(model, folder):
   """As transformers saves it, with a tokenizer of as many words."""
   model.save_pretrained(folder)
-  words = {f'w{i}': i for i in range(VOCABULARY)}
-  level = tokenizers.models.WordLevel(words, 'w0')
-  tokenizers.Tokenizer(level).save(str(folder / 'tokenizer.json'))
+  write_tokenizer(folder, VOCABULARY)
 
 
 def modules(model):

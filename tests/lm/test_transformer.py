@@ -1,50 +1,17 @@
 """The transformer against PyTorch's numbers, real text, and its own contract."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tokenizers
-from safetensors.numpy import load_file
 
 from gsae_jax.errors import UserError
 from gsae_jax.lm import text
 from gsae_jax.lm.weights import load_language_model
 from tests.conftest import ROOT
-
-GOLDEN = ROOT / 'tests' / 'golden' / 'tiny_llama'
-
-
-@pytest.fixture(scope='module')
-def tiny_llama(tmp_path_factory):
-  """The golden model's folder, with a tokenizer of as many words."""
-  folder = tmp_path_factory.mktemp('llama')
-  for path in GOLDEN.iterdir():
-    shutil.copy(path, folder)
-  words = tokenizers.models.WordLevel({f'w{i}': i for i in range(50)}, 'w0')
-  tokenizers.Tokenizer(words).save(str(folder / 'tokenizer.json'))
-  return folder
-
-
-def test_llama_equals_pytorch_at_every_site(tiny_llama):
-  lm = load_language_model(str(tiny_llama), revision=None, dtype='float32')
-  golden = load_file(GOLDEN / 'golden.safetensors')
-  sites = tuple(lm.module.config.site_widths())
-  assert len(sites) == 8
-  logits, taken = lm.module.apply(
-    {'params': lm.params}, golden['ids'], sites=sites
-  )
-  np.testing.assert_allclose(logits, golden['logits'], atol=2e-5)
-  for site in sites:
-    np.testing.assert_allclose(
-      taken[site], golden[site], atol=2e-5, err_msg=site
-    )
-    width = lm.module.config.site_widths()[site]
-    assert taken[site].shape == (2, 40, width)
 
 
 def cross_entropy(lm, contexts, rows=16):

@@ -9,15 +9,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from gsae_jax.errors import UserError
 from gsae_jax.lm.layouts import make_layout
 from gsae_jax.lm.weights import load_language_model
 from tests.conftest import ROOT, layout_of
+from tests.lm.golden import write_model
 
-GOLDEN = ROOT / 'tests' / 'golden' / 'tiny_llama'
 EMBEDDED = ROOT / 'gsae_jax' / 'lm' / 'embedded'
 
 
@@ -93,10 +92,7 @@ def test_configs(folder):
 
 
 def test_llama_settings_that_are_not_supported(tmp_path):
-  shutil.copytree(
-    ROOT / 'tests/golden/tiny_llama', tmp_path, dirs_exist_ok=True
-  )
-  config = json.loads((tmp_path / 'config.json').read_text())
+  config = write_model(tmp_path, 'llama')
   longrope = {
     'rope_type': 'longrope', 'factor': 2.0, 'rope_theta': 500.0,
     'short_factor': [1.0] * 3, 'long_factor': [1.0] * 3,
@@ -225,19 +221,17 @@ def test_each_device_gets_its_part(kind, model, embedded):
 
 
 def test_what_cannot_be_divided_is_everywhere(tmp_path):
-  # Two key heads over four devices, and a vocabulary of 50.
-  shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
-  words = tokenizers.models.WordLevel({'a': 0}, 'a')
-  tokenizers.Tokenizer(words).save(str(tmp_path / 'tokenizer.json'))
+  # Two key heads over four devices.
+  write_model(tmp_path, 'llama')
   lm = load_language_model(str(tmp_path), revision=None, dtype='float32')
   layout = layout_of(lm, 'tensor', model=4)
   params = lm.load(layout.place)
   parts = {
     p: v.addressable_shards[0].data.shape for p, v in leaves(params).items()
   }
-  assert parts['block_1/attn/W_Q'] == (16, 1, 6)
-  assert parts['block_1/attn/W_K'] == (16, 2, 6)
-  assert parts['W_E'] == (50, 16) and parts['block_1/mlp/W_out'] == (6, 16)
+  assert parts['block_1/attn/W_Q'] == (32, 1, 8)
+  assert parts['block_1/attn/W_K'] == (32, 2, 8)
+  assert parts['W_E'] == (24, 32) and parts['block_1/mlp/W_out'] == (12, 32)
   ids = np.arange(40, dtype=np.int32).reshape(2, 20)
   run = jax.jit(lambda p: lm.module.apply({'params': p}, ids)[0])
   np.testing.assert_allclose(run(params), run(lm.params), atol=2e-5)

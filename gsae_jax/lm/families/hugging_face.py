@@ -85,7 +85,17 @@ def rope_of(c: Any, head_width: int, kind: str | None = None) -> Rope:
 
 
 def windows(c: Any) -> list[int | None]:
-  """Each layer's window, by the config's `layer_types`."""
+  """Each layer's window, by the config's `layer_types`.
+
+  Raises:
+    UserError: a layer is of a kind that is not known.
+  """
+  unknown = set(c.layer_types) - {'sliding_attention', 'full_attention'}
+  if unknown:
+    raise UserError(
+      f'lm.path: config.json has a layer of {sorted(unknown)[0]!r}; supported are '
+      "'full_attention' and 'sliding_attention'"
+    )
   return [
     c.sliding_window if kind == 'sliding_attention' else None
     for kind in c.layer_types

@@ -1,0 +1,38 @@
+"""Writes families.json and families.safetensors; see tests/lm/golden.py.
+
+python -m tests.golden.make        (needs torch)
+"""
+
+import json
+
+from safetensors.numpy import save_file
+
+from tests.lm import families
+from tests.lm.golden import FOLDER
+
+NAMES = (
+  'gpt2', 'neox', 'llama', 'llama3', 'mistral', 'qwen2_window', 'qwen3_flags',
+  'gemma', 'gemma2', 'gemma3_scaled',
+)  # fmt: skip
+
+
+def main():
+  cases, arrays = {}, {}
+  for name in NAMES:
+    model = families.make(name)
+    logits, taken = families.run(model, families.random_ids(batch=1))
+    arrays[f'{name}/logits'] = logits
+    site = f'resid_post.{families.LAYERS - 1}'
+    arrays[f'{name}/{site}'] = taken[site]
+    cases[name] = {
+      'config': model.config.to_dict(),
+      'shapes': {k: list(p.shape) for k, p in model.named_parameters()},
+    }
+  with open(FOLDER / 'families.json', 'w') as f:
+    json.dump(cases, f, indent=1)
+    f.write('\n')
+  save_file(arrays, FOLDER / 'families.safetensors')
+
+
+if __name__ == '__main__':
+  main()

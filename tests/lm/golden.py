@@ -1,0 +1,45 @@
+"""Models whose weights are a function of their names, and what PyTorch made of them.
+
+`families.json` has configs and shapes, `families.safetensors` the logits and last
+residual streams of transformers' PyTorch: families are checked where it is not.
+"""
+
+import json
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+
+from tests.conftest import ROOT
+
+FOLDER = ROOT / 'tests' / 'golden'
+
+
+def make_tensors(shapes):
+  """Random weights; norms are about one, so that nothing vanishes."""
+  tensors = {}
+  for i, (name, shape) in enumerate(sorted(shapes.items())):
+    value = 0.3 * np.random.default_rng((7, i)).normal(size=shape)
+    is_norm = len(shape) == 1 and name.endswith('weight')
+    tensors[name] = (value + is_norm).astype(np.float32)
+  return tensors
+
+
+def write_tokenizer(folder, vocabulary):
+  words = tokenizers.models.WordLevel(
+    {f'w{i}': i for i in range(vocabulary)}, 'w0'
+  )
+  tokenizers.Tokenizer(words).save(str(folder / 'tokenizer.json'))
+
+
+def read_cases():
+  return json.loads((FOLDER / 'families.json').read_text())
+
+
+def write_model(folder, name):
+  """A model folder as transformers would have saved it; returns its config."""
+  case = read_cases()[name]
+  (folder / 'config.json').write_text(json.dumps(case['config']))
+  save_file(make_tensors(case['shapes']), folder / 'model.safetensors')
+  write_tokenizer(folder, case['config']['vocab_size'])
+  return case['config']
