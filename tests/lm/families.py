@@ -194,7 +194,7 @@ def make(name):
   parameters = dict(model.named_parameters())
   shapes = {k: tuple(p.shape) for k, p in parameters.items()}
   with torch.no_grad():
-    for k, value in make_tensors(shapes).items():
+    for k, value in make_tensors(shapes, config.model_type).items():
       parameters[k].copy_(torch.from_numpy(value))
   return model
 

@@ -15,13 +15,14 @@ from tests.conftest import ROOT
 FOLDER = ROOT / 'tests' / 'golden'
 
 
-def make_tensors(shapes):
-  """Random weights; norms are about one, so that nothing vanishes."""
+def make_tensors(shapes, model_type):
+  """Random weights; norms scale by about one, so that nothing vanishes."""
+  scale = 0.0 if model_type.startswith('gemma') else 1.0  # Gemma adds one.
   tensors = {}
   for i, (name, shape) in enumerate(sorted(shapes.items())):
     value = 0.3 * np.random.default_rng((7, i)).normal(size=shape)
     is_norm = len(shape) == 1 and name.endswith('weight')
-    tensors[name] = (value + is_norm).astype(np.float32)
+    tensors[name] = (value + scale * is_norm).astype(np.float32)
   return tensors
 
 
@@ -40,6 +41,7 @@ def write_model(folder, name):
   """A model folder as transformers would have saved it; returns its config."""
   case = read_cases()[name]
   (folder / 'config.json').write_text(json.dumps(case['config']))
-  save_file(make_tensors(case['shapes']), folder / 'model.safetensors')
+  tensors = make_tensors(case['shapes'], case['config']['model_type'])
+  save_file(tensors, folder / 'model.safetensors')
   write_tokenizer(folder, case['config']['vocab_size'])
   return case['config']
