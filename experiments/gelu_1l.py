@@ -9,7 +9,7 @@ contexts of 128, five coefficients each: 10 SAEs.
   python -m gsae_jax.evaluate --config=$C --workdir=DIR
   python -m gsae_jax.report   --workdir=DIR
 
-`lm.path` is the folder that docs/harvest.md says how to make from the checkpoint
+`lm.path` is the folder that docs/models.md says how to make from the checkpoint
 NeelNanda/GELU_1L512W_C4_Code, a torch file. The text is C4, four fifths of what
 the model was trained on; the rest was code.
 

@@ -41,7 +41,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   recipe.hub_text(
     c, 'HuggingFaceFW/fineweb', context_length=1024, subset='sample-10BT'
   )
-  c.store.batch_contexts = 8
   # A context's logits are 1 GB in float32: 256,000 tokens.
   c.eval.batch_size = 2
   members = public_grid.members(SITES, 16_384, 'gemma')

@@ -14,9 +14,9 @@ most rows: 8 Gated SAEs and 11 baselines.
 
 and the same in other workdirs for $C:relu,0:6 and $C:relu,6:11. Training is meant
 for a TPU v5e-8 or larger, with features over 8 chips; all 19 at once want sixteen
-(--config.mesh.model=16). Harvest and evaluation hold the model on every device,
-17 GB in bfloat16: those want chips of 32 GB or more. The text is FineWeb's sample;
-the paper's was some web text unlike Gemma's own.
+(--config.mesh.model=16). The model, 17 GB in bfloat16, is divided over the same
+chips: 1.8 GiB of each in harvest, 3.2 GiB in evaluation (docs/models.md). The text
+is FineWeb's sample; the paper's was some web text unlike Gemma's own.
 
 Takes: not measured. Estimate: 2.3e13 operations per step for a Gated SAE and
 2.5e13 for a baseline, so 3.1 h and 3.3 h each on a v5e-8 at 40 % of its bfloat16
@@ -65,7 +65,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c, 'HuggingFaceFW/fineweb', context_length=1024, subset='sample-10BT'
   )
   c.store.tokens = 2**27
-  c.store.batch_contexts = 8
   c.loader.unit = 'shard'
   c.mesh.model = 8
   c.eval.batch_size = 8

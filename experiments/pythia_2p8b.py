@@ -58,7 +58,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   c.lm.dtype = 'bfloat16'
   recipe.hub_text(c, 'monology/pile-uncopyrighted', context_length=2048)
   c.store.tokens = 2**27
-  c.store.batch_contexts = 4
   c.loader.unit = 'shard'
   c.mesh.model = 4
   c.eval.batch_size = 8

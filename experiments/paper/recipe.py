@@ -89,6 +89,7 @@ def accelerator(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c.store.centre = True
   c.store.shard_rows = 8_192  # 8 MB at width 512, 67 MB at 4096.
   c.store.chunk_rows = 64  # 64 KB and 512 KB.
+  c.store.batch_contexts = None  # As many as fit.
   # Float32 products take six passes of a TPU's matrix unit.
   c.train.precision = 'bfloat16'
   # A checkpoint has 8 bytes per parameter of every member. The one at half time

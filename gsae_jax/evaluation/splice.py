@@ -21,6 +21,9 @@ from gsae_jax.sae import SPECS
 
 AXIS = 'data'
 
+# Of a device's memory, for parameters of SAEs that are evaluated together.
+_SHARE = 0.25
+
 
 class Devices:
   """Where contexts are divided over, by pmap or by a mesh: one interface.
@@ -59,6 +62,27 @@ class Devices:
       name: jax.device_put(value, self.place_sae(name, value.shape))
       for name, value in params.items()
     }
+
+  def groups(self, saes: dict[str, tuple]) -> list[dict[str, tuple]]:
+    """SAEs in order, so many together as devices have room for."""
+    stats = self.layout.mesh.local_devices[0].memory_stats()
+    limit = _SHARE * stats['bytes_limit'] if stats else np.inf
+    groups, held = [], 0
+    for name, sae in saes.items():
+      size = sum(self._bytes(k, v) for k, v in sae[2].items())
+      if not groups or held + size > limit:
+        groups.append({})
+        held = 0
+      groups[-1][name] = sae
+      held += size
+    return groups
+
+  def _bytes(self, name: str, value: np.ndarray) -> int:
+    """Of a device that a parameter takes."""
+    if self.parallel == 'pmap':
+      return value.nbytes
+    part = self.place_sae(name, value.shape).shard_shape(value.shape)
+    return int(np.prod(part)) * value.dtype.itemsize
 
   def place_sae(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Features are divided as the language model's heads are, if they can be."""
@@ -182,6 +206,14 @@ class Evaluator:
       clean, zero-ablation and spliced sums by name, as `metrics.record` takes
       them.
     """
+    return {
+      name: sums
+      for group in self._devices.groups(saes)
+      for name, sums in self._run(group).items()
+    }
+
+  def _run(self, saes):
+    """The same of SAEs whose parameters are on the devices together."""
     sites = tuple(dict.fromkeys(site for _, site, _ in saes.values()))
     params = {k: self._devices.sae(p) for k, (_, _, p) in saes.items()}
     clean = Accumulator()

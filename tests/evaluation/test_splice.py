@@ -1,11 +1,14 @@
 """The evaluator against float64 NumPy that materialises everything."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsae_jax.evaluation import metrics
+from gsae_jax.errors import UserError
+from gsae_jax.evaluation import metrics, passes, splice
 from gsae_jax.evaluation.splice import Evaluator
 from gsae_jax.sae import ARCHITECTURES
 from tests.conftest import held_out_contexts, layout_of
@@ -181,3 +184,70 @@ def test_gamma_of_a_halved_reconstruction_is_a_half():
   assert record['loss_recovered'] == 0.75
   assert record['explained_variance'] == 0.75
   assert record['alive_fraction'] == 0.5 and record['num_tokens'] == 2
+
+
+def test_saes_go_in_groups_that_fit(embedded, contexts, saes, monkeypatch):
+  layout = layout_of(embedded, 'tensor', model=4)
+  want = evaluate(embedded, contexts, saes, parallel='mesh')
+  devices = splice.Devices('mesh', layout)
+  size = sum(devices._bytes(k, v) for k, v in saes['gated'][2].items())
+  # Features are divided by four, b_dec is everywhere.
+  assert size == 4 * (2 * WIDTH * FEATURES // 4 + 3 * FEATURES // 4 + WIDTH)
+  many = {f'{k}{i}': v for k, v in saes.items() for i in range(2)}
+  assert [len(g) for g in devices.groups(many)] == [4]
+
+  class Small:
+    def memory_stats(self):
+      return {'bytes_limit': 2.5 * size / splice._SHARE}
+
+  mesh = type('Mesh', (), {'local_devices': [Small()], 'shape': {'model': 4}})
+  monkeypatch.setattr(devices, 'layout', type('L', (), {'mesh': mesh})())
+  monkeypatch.setattr(devices, '_bytes', lambda k, v: size * (k == 'W_dec'))
+  groups = devices.groups(many)
+  assert [list(g) for g in groups] == [
+    ['gated0', 'gated1'],
+    ['relu0', 'relu1'],
+  ]
+  # The clean pass is made again for each, and gives the same.
+  monkeypatch.setattr(
+    splice.Devices, 'groups', lambda self, s: [{k: v} for k, v in s.items()]
+  )
+  got = evaluate(embedded, contexts, saes, parallel='mesh')
+  for name, record in want.items():
+    for field, value in record.items():
+      np.testing.assert_allclose(got[name][field], value, rtol=1e-6)
+
+
+def test_pmap_wants_whole_models(embedded):
+  with pytest.raises(
+    UserError, match="eval.parallel: with 'pmap' every device"
+  ):
+    splice.Devices('pmap', layout_of(embedded, 'fully_sharded'))
+  assert splice.Devices('auto', layout_of(embedded)).parallel == 'pmap'
+
+
+def test_logits_are_compared_a_few_positions_at_a_time(
+  embedded, contexts, saes, monkeypatch
+):
+  want = evaluate(embedded, contexts, saes)
+  # One position of two contexts a device; nothing else is left.
+  monkeypatch.setattr(passes, '_LOGITS', 2 * 2048)
+  got = evaluate(embedded, contexts, saes)
+  for name, record in want.items():
+    for field, value in record.items():
+      np.testing.assert_allclose(got[name][field], value, rtol=1e-5)
+  shape = (8, LENGTH)
+  ids = jax.ShapeDtypeStruct(shape, np.int32)
+  mask = jax.ShapeDtypeStruct(shape, np.bool_)
+  hidden = jax.ShapeDtypeStruct((*shape, WIDTH), np.float32)
+
+  def temporary(limit):
+    monkeypatch.setattr(passes, '_LOGITS', limit)
+    fn = functools.partial(passes.comparison, embedded.module, 1)
+    lowered = jax.jit(fn).lower(
+      embedded.params, ids, mask, hidden, (hidden,) * 3
+    )
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  whole = 8 * LENGTH * 2048 * 4
+  assert temporary(2**25) > whole > 2 * temporary(8 * 2048)
