@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
   do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
   && echo $$p && break; done)
 QUICKSTART ?= quickstart
+# What language models are checked against; `make test TORCH=` leaves that out.
+TORCH ?= torch==2.13.0
 CONFIG = experiments/quickstart.py
 
 # Without these, glibc gives the memory of every large temporary back to the
@@ -24,16 +26,24 @@ export MALLOC_TRIM_THRESHOLD_ = 8000000000
 	.venv/bin/python -m pip install -q -e '.[test]'
 	touch $@
 
+# The TPU's compiler, for tests of what fits a chip. Not in the environment itself,
+# where JAX would look for a TPU.
+.venv/tested: .venv/installed
+	test -z "$(TORCH)" || .venv/bin/python -m pip install -q $(TORCH)
+	.venv/bin/python -m pip install -q --target .venv/libtpu --no-deps \
+	  "$$(.venv/bin/python tests/libtpu_version.py)"
+	touch $@
+
 quickstart: .venv/installed
 	.venv/bin/python -m gsae_jax.harvest --config=$(CONFIG) --store=$(QUICKSTART)/store
 	.venv/bin/python -m gsae_jax.train --config=$(CONFIG) --store=$(QUICKSTART)/store --workdir=$(QUICKSTART)/run
 	.venv/bin/python -m gsae_jax.evaluate --config=$(CONFIG) --workdir=$(QUICKSTART)/run
 	@echo; echo "The report:"; .venv/bin/python -m gsae_jax.report --workdir=$(QUICKSTART)/run
 
-test: .venv/installed
+test: .venv/tested
 	.venv/bin/python -m pytest
 
-test-fast: .venv/installed
+test-fast: .venv/tested
 	.venv/bin/python -m pytest -m 'not slow'
 
 test-stacks:
