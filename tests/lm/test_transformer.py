@@ -57,14 +57,21 @@ def test_real_llama_writes_its_published_story(stories):
     logits, _ = lm.module.apply({'params': params}, ids)
     return jnp.argmax(logits[0, n - 1])
 
-  ids = np.zeros((1, 96), np.int32)
+  ids = np.zeros((1, 256), np.int32)
   ids[0, 0] = lm.tokenizer.bos_id
-  for n in range(1, 96):
+  for n in range(1, 256):
     ids[0, n] = following(lm.params, ids, n)
-  assert lm.tokenizer.decode(ids[0]).startswith(
+  story = lm.tokenizer.decode(ids[0])
+  assert len(story) == 564
+  assert story == (
     'Once upon a time, there was a little girl named Lily. She loved to play '
     'outside in the park. One day, she saw a big, red ball. She wanted to play '
     "with it, but it was too high.\nLily's mom said, \"Lily, let's go to the "
+    'park." Lily was sad and didn\'t know what to do. She said, "I want to '
+    "play with your ball, but I can't find it.\"\nLily was sad and didn't know "
+    'what to do. She said, "I\'m sorry, Lily. I didn\'t know what to do."\nLily '
+    "didn't want to help her mom, so she said, \"I'm sorry, mom. I didn't know "
+    'what to do." Her mom said, "Don\'t worry, Lily. We can help you'
   )
 
 
