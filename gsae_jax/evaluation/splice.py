@@ -52,7 +52,7 @@ class Devices:
 
   def language_model(self, lm: LanguageModel) -> Any:
     if self.parallel == 'pmap':
-      return jax_utils.replicate(lm.load())
+      return lm.load(put=jax_utils.replicate)
     return lm.load(self.layout.place)
 
   def sae(self, params: dict[str, np.ndarray]) -> Any:

@@ -70,7 +70,11 @@ class LanguageModel:
     return self.load()
 
   def load(
-    self, place: Placement | None = None, *, blocks: int | None = None
+    self,
+    place: Placement | None = None,
+    *,
+    blocks: int | None = None,
+    put: Callable[[Any], Any] = lambda value: value,
   ) -> dict[str, Any]:
     """Reads parameters.
 
@@ -79,6 +83,7 @@ class LanguageModel:
         None leaves them on the host.
       blocks: read only what the first so many blocks need, which do not give
         logits; None is all.
+      put: what to do with each before the next is read.
 
     Returns:
       a nested plain dictionary.
@@ -89,7 +94,7 @@ class LanguageModel:
       *parents, leaf = path.split('/')
       for parent in parents:
         node = node.setdefault(parent, {})
-      node[leaf] = value
+      node[leaf] = put(value)
     return params
 
   def read(
