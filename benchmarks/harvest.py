@@ -66,6 +66,7 @@ def ours(args):
   """One pass as harvest makes it: token ids in, rows on the host out."""
   import jax
 
+  from gsae_jax.activations.forward import make_forward
   from gsae_jax.lm.layouts import make_layout
   from gsae_jax.lm.weights import load_language_model
 
@@ -75,13 +76,10 @@ def ours(args):
   layout = make_layout('replicated', config, lm.bytes, jax.devices()[:1], 1)
   site = f'resid_post.{LAYER}'
   params = lm.load(layout.place, blocks=config.blocks_for((site,)))
-  forward = jax.jit(
-    lambda params, ids: lm.module.apply(
-      {'params': params}, ids, sites=(site,), output=None
-    )[1][site]
-  )
+  forward = make_forward(lm.module, layout, (site,))
   ids = make_ids(args)
-  return lambda: jax.device_get(forward(params, ids))
+  run = lambda: forward(params, ids, {site: None}, dtype=dtype)[site]
+  return lambda: jax.device_get(run())
 
 
 def theirs(args):

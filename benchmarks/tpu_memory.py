@@ -5,7 +5,7 @@ r"""Memory of a chip and collectives of harvest and evaluation, without a TPU.
 
 Compiles the very programs that harvest and evaluate run, for real topologies,
 with the TPU's own compiler, which says what a chip will hold; nothing runs.
-Prints a table for docs/launch.md. Takes ten minutes on two cores.
+Prints the table of docs/models.md. Takes ten minutes on two cores.
 """
 
 import argparse

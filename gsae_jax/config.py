@@ -152,7 +152,7 @@ class TrainConfig:
       if not 0 < step < self.steps:
         raise UserError(
           f'config field train.resample_steps: {step} is not between 0 and '
-          f'train.steps, {self.steps}'
+          f'train.steps, {self.steps}; () is never'
         )
     if self.resample_steps and self.resample_rows < self.batch_size:
       raise UserError(
@@ -178,6 +178,11 @@ class MeshConfig:
   sae: int
   data: int
   model: int
+
+  def __post_init__(self):
+    for name in ('sae', 'data', 'model'):
+      if getattr(self, name) != -1:
+        checks.at_least(f'mesh.{name}', getattr(self, name), 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,13 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
-  config = convert_config(read_json(_CONFIG.value))
+  try:
+    raw = read_json(_CONFIG.value)
+  except UserError as e:  # Which speaks of a model's folder.
+    raise UserError(
+      f'--model_config: {str(e).removeprefix("lm.path: ")}'
+    ) from e
+  config = convert_config(raw)
   tokenizer = os.path.join(_TOKENIZER.value, 'tokenizer.json')
   if not os.path.exists(tokenizer):
     raise UserError(f'--tokenizer: {_TOKENIZER.value} has no tokenizer.json')
@@ -115,7 +121,8 @@ def main() -> int:
     what = f'lacks {missing[0]}' if missing else f'has an unknown {left[0]}'
     raise UserError(f'--checkpoint: {_CHECKPOINT.value} {what}')
   partial = f'{_OUT.value}.partial'
-  os.makedirs(partial, exist_ok=True)
+  shutil.rmtree(partial, ignore_errors=True)
+  os.makedirs(partial)
   contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
   safetensors.numpy.save_file(
     contiguous, os.path.join(partial, 'model.safetensors')

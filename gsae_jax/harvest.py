@@ -121,6 +121,7 @@ def main() -> int:
       seed=config.seed,
       devices=jax.local_devices(),
       model=config.mesh.model,
+      tick=preempted.check,
     )
   with (
     contextlib.closing(source),

@@ -102,7 +102,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except flags.Error as e:
     _fail(_last_line(e))
   except Exception as e:  # Whatever the user's config file raises.
-    _fail(f'--config: {type(e).__name__}: {_last_line(e)}')
+    # A config file that refuses its argument says all that there is to say.
+    kind = '' if isinstance(e, ValueError) else f'{type(e).__name__}: '
+    _fail(f'--config: {kind}{_last_line(e)}')
 
 
 def _fail(reason) -> None:

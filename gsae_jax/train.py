@@ -140,6 +140,7 @@ def _open_stream(
     seed=config.seed,
     devices=jax.local_devices(),
     model=config.mesh.model,
+    tick=preempted.check,
   )
   return Stream(
     source,

@@ -66,6 +66,7 @@ class Forward:
     layout: Layout,
     batch_contexts: int | None,
     length: int,
+    dtypes: tuple[str, ...],
   ):
     """Puts the parameters that the sites need on the devices.
 
@@ -77,6 +78,7 @@ class Forward:
         depend on it in their last bits, and not on how many parts there are.
         None: as many as fit.
       length: of a context.
+      dtypes: that rows will be asked for in.
     """
     self.sites = sites
     self.widths = {s: lm.module.config.check_site(s) for s in sites}
@@ -86,14 +88,15 @@ class Forward:
     )
     self.run = make_forward(lm.module, layout, sites)
     if batch_contexts is None:
-      stats = layout.mesh.local_devices[0].memory_stats()
-      limit = stats['bytes_limit'] if stats else None
+      limit = _limit(layout.mesh.local_devices[0])
       batch_contexts = fitting(
-        lambda contexts: self._needed(contexts, length, lm.dtype), limit, length
+        lambda contexts: max(self._needed(contexts, length, d) for d in dtypes),
+        limit,
+        length,
       )
     self.batch = batch_contexts * layout.parts
 
-  def _needed(self, contexts: int, length: int, dtype: np.dtype) -> int:
+  def _needed(self, contexts: int, length: int, dtype: str) -> int:
     """Bytes of a device that passes of so many contexts take, by the compiler."""
     ids = jax.ShapeDtypeStruct(
       (contexts * self._layout.parts, length),
@@ -141,6 +144,11 @@ class Forward:
         mask_BL,
         {k: v[: len(mask_BL)] for k, v in jax.device_get(taken).items()},
       )
+
+
+def _limit(device: jax.Device) -> int | None:
+  stats = device.memory_stats()
+  return stats['bytes_limit'] if stats else None
 
 
 def fitting(

@@ -18,7 +18,7 @@ import tensorstore as ts
 from gsae_jax import paths
 from gsae_jax.errors import UserError
 
-SCHEMA = 3
+SCHEMA = 4
 ROW_ARRAYS = {
   'token_ids': 'int32',
   'positions': 'int32',

@@ -201,6 +201,7 @@ def open_source(
   seed: int,
   devices: list[jax.Device],
   model: int,
+  tick: Callable[[], None] = nothing,
 ) -> tuple[Source, dict[str, Any], dict[str, Any]]:
   """The source that a config describes.
 
@@ -212,6 +213,7 @@ def open_source(
     seed: of the order of rows.
     devices: to run on.
     model: size of the axis that a divided model's heads go over.
+    tick: called while text is read or waited for; may raise, to leave.
 
   Returns:
     the source, the identity of what it makes (everything that determines it, as
@@ -227,7 +229,7 @@ def open_source(
   opened.check_context_length(text['context_length'])
   text = text_lib.resolve(text, opened.tokenizer)
   prepared = text_lib.prepare(
-    text, opened.tokenizer, part='train', rows=store['tokens']
+    text, opened.tokenizer, part='train', rows=store['tokens'], tick=tick
   )
   forward = Forward(
     opened,
@@ -235,6 +237,8 @@ def open_source(
     layout=make_layout(kind, config, opened.bytes, devices, model),
     batch_contexts=store['batch_contexts'],
     length=text['context_length'],
+    # Means are taken of float32.
+    dtypes=(store['dtype'], *(['float32'] if store['centre'] else [])),
   )
   source = Source(
     forward,

@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import jax_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,16 +51,25 @@ class Devices:
 
   def language_model(self, lm: LanguageModel) -> Any:
     if self.parallel == 'pmap':
-      return lm.load(put=jax_utils.replicate)
+      return lm.load(put=self._on_each)
     return lm.load(self.layout.place)
 
   def sae(self, params: dict[str, np.ndarray]) -> Any:
     if self.parallel == 'pmap':
-      return jax_utils.replicate(params)
+      return {name: self._on_each(value) for name, value in params.items()}
     return {
       name: jax.device_put(value, self.place_sae(name, value.shape))
       for name, value in params.items()
     }
+
+  def _on_each(self, value: np.ndarray) -> jax.Array:
+    """`[devices, ...]` for pmap; the host makes no copy of it for each."""
+    mesh = self.layout.mesh
+    return jax.make_array_from_single_device_arrays(
+      (mesh.size, *value.shape),
+      NamedSharding(mesh, P(('data', 'model'))),
+      [jax.device_put(value[None], device) for device in mesh.devices.flat],
+    )
 
   def groups(self, saes: dict[str, tuple]) -> list[dict[str, tuple]]:
     """SAEs in order, so many together as devices have room for."""

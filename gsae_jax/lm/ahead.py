@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _END = object()
+_WAIT = 0.2  # Seconds between two ticks.
 
 
 class _Next(threading.Thread):
@@ -23,14 +24,19 @@ class _Next(threading.Thread):
     except BaseException as e:  # For whoever waits for the item.
       self._error = e
 
-  def result(self) -> Any:
-    self.join()
+  def result(self, tick: Callable[[], None]) -> Any:
+    while self.is_alive():
+      self.join(_WAIT)
+      tick()
     if self._error is not None:
       raise self._error
     return self._item
 
 
-def ahead(make: Callable[[Callable[[], bool]], Iterator[Any]]) -> Iterator[Any]:
+def ahead(
+  make: Callable[[Callable[[], bool]], Iterator[Any]],
+  tick: Callable[[], None] = lambda: None,
+) -> Iterator[Any]:
   """Yields items that another thread makes, one ahead of the last that was taken.
 
   The thread ends when the iterator is closed or forgotten.
@@ -38,6 +44,7 @@ def ahead(make: Callable[[Callable[[], bool]], Iterator[Any]]) -> Iterator[Any]:
   Args:
     make: returns the iterator of the items. It is given a function that says
       whether nobody waits for them any more, so that making one can be left.
+    tick: called while an item is waited for; may raise, to leave.
   """
   left = threading.Event()
   # A program that ends waits for its threads.
@@ -45,7 +52,7 @@ def ahead(make: Callable[[Callable[[], bool]], Iterator[Any]]) -> Iterator[Any]:
   items = make(unwanted)
   task = _Next(items)
   try:
-    while (item := task.result()) is not _END:
+    while (item := task.result(tick)) is not _END:
       task = _Next(items)
       yield item
   finally:

@@ -24,8 +24,9 @@ def attend(
 
   Queries go block by block, and a block meets only the keys that one of its
   queries may see: half the work of a long context, and of its scores
-  `[B, H, L, L]` the rows of 512 queries at a time, at most. Sums of weights are
-  divided by behind the values, where there is less to divide.
+  `[B, H, L, L]` the rows of 512 queries at a time, at most (XLA on CPUs keeps
+  those of all blocks, of a long context an eighth). Sums of weights are divided
+  by behind the values, where there is less to divide.
 
   Args:
     q_BLHK: queries.

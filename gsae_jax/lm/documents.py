@@ -92,12 +92,12 @@ def locate(
       if value != usual:
         raise UserError(
           f'text.{name}: {value!r} is for hub ids, and {path} is on this '
-          'machine; leave it out'
+          f'machine; set it to {usual!r}'
         )
     if field != 'text' and kinds == {''}:
       raise UserError(
         f'text.field: {field!r} is for JSONL, Parquet and Arrow, and {path} is '
-        'plain text; leave it out'
+        "plain text; set it to 'text'"
       )
     read = functools.partial(_read_files, files, separator, field)
   else:
@@ -107,7 +107,7 @@ def locate(
   if separator is not None and '' not in kinds:
     raise UserError(
       f'text.separator: {separator!r} is for plain text, and a row of {path} '
-      'is a document; leave it out'
+      'is a document; set it to None'
     )
   if kinds & {'.parquet', '.arrow'}:
     formats.optional('pyarrow', path)

@@ -8,6 +8,7 @@ fully_sharded  what is left of each matrix is divided over 'data' as well, and
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -127,14 +128,14 @@ def make_layout(
     config: the model's.
     size: of its parameters, in bytes.
     devices: of this process.
-    model: size of the axis that heads are divided over; -1 is all devices.
-      'replicated' has none.
+    model: size of the axis that heads are divided over, as far as it divides the
+      devices; -1 is all of them. 'replicated' has none.
 
   Raises:
-    UserError: `model` does not divide the devices, or is 1 for 'tensor'.
+    UserError: nothing is left of `model` for 'tensor' to divide over.
   """
-  if model == -1:
-    model = len(devices)
+  # The SAEs' axis may go over many processes, each of which has a model.
+  model = len(devices) if model == -1 else math.gcd(model, len(devices))
   if kind == 'auto':
     kind = 'replicated'
     stats = devices[0].memory_stats()
@@ -144,13 +145,9 @@ def make_layout(
     model = 1
   if kind == 'tensor' and model == 1:
     raise UserError(
-      "lm.layout: 'tensor' divides the language model over mesh.model, which is "
-      "1; set that, or use 'fully_sharded'"
-    )
-  if len(devices) % model:
-    raise UserError(
-      f'mesh.model: {model} does not divide the {len(devices)} devices of a '
-      'process, over which the language model is divided'
+      "lm.layout: 'tensor' divides the language model over mesh.model, of which "
+      f'the {len(devices)} device(s) of a process leave 1; set that, or use '
+      "'fully_sharded'"
     )
   mesh = Mesh(np.array(devices).reshape(-1, model), ('data', 'model'))
   return Layout(kind, mesh, config)

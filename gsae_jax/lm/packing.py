@@ -114,10 +114,16 @@ def windows(
           return
         at = stop
     if rows is not None:
+      hint = ''
+      if packing == 'documents':
+        hint = (
+          "; text.packing='documents' leaves out what a document has beyond a "
+          "context, and 'stream' does not"
+        )
       raise UserError(
         f'text.path: the text has {counted} usable tokens in full contexts of '
         f'{context_length}, and {rows} are asked for; give more text or ask for '
-        'fewer (store.tokens, eval.tokens)'
+        f'fewer (store.tokens, eval.tokens){hint}'
       )
     if len(held):
       yield held.contexts()

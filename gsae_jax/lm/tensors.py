@@ -27,24 +27,41 @@ class Tensor:
 
   Attributes:
     path: of its file.
-    dtype: of its numbers.
+    dtype: of its numbers, in safetensors' words.
     shape: of the array, in C order.
     offset: bytes in front of it.
   """
 
   path: str
-  dtype: np.dtype
+  dtype: str
   shape: tuple[int, ...]
   offset: int
+
+  def check_dtype(self, name: str) -> None:
+    """Raises UserError where its numbers are none that are read."""
+    if self.dtype not in _DTYPES:
+      raise UserError(
+        f'lm.path: {self.path}: {name} is of {self.dtype}; supported are '
+        f'{", ".join(_DTYPES)}'
+      )
+
+  def equals(self, other: 'Tensor') -> bool:
+    """Whether another one has the same numbers."""
+    if (self.dtype, self.shape) != (other.dtype, other.shape):
+      return False
+    a, b = self.open(), other.open()
+    rows = range(0, self.shape[0], 4096)
+    return all(np.array_equal(a[i : i + 4096], b[i : i + 4096]) for i in rows)
 
   def open(self) -> np.ndarray:
     """The array, mapped: what is never looked at is never read.
 
     What was read stays in memory until nobody holds the array or a view of it.
     """
+    dtype = np.dtype(_DTYPES[self.dtype])
     if not np.prod(self.shape):
-      return np.zeros(self.shape, self.dtype)
-    return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
+      return np.zeros(self.shape, dtype)
+    return np.memmap(self.path, dtype, 'r', self.offset, self.shape)
 
 
 def find(folder: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -57,7 +74,11 @@ def find(folder: str) -> tuple[dict[str, Tensor], list[str]]:
   names = ['model.safetensors']
   if os.path.exists(index):
     found = read_json(index).get('weight_map')
-    if not isinstance(found, dict) or not found:
+    if (
+      not isinstance(found, dict)
+      or not found
+      or not all(isinstance(name, str) for name in found.values())
+    ):
       raise UserError(f'lm.path: {index} has no weight_map')
     names = sorted(set(found.values()))
   elif not os.path.exists(os.path.join(folder, names[0])):
@@ -96,16 +117,15 @@ def _read_header(path: str) -> dict[str, Tensor]:
     size = int.from_bytes(f.read(8), 'little')
     header = json.loads(f.read(size))
   header.pop('__metadata__', None)
-  tensors = {}
-  for key, entry in header.items():
-    if entry['dtype'] in _DTYPES:  # Whoever wants another one finds it missing.
-      tensors[key] = Tensor(
-        path,
-        np.dtype(_DTYPES[entry['dtype']]),
-        tuple(entry['shape']),
-        8 + size + entry['data_offsets'][0],
-      )
-  return tensors
+  return {
+    key: Tensor(
+      path,
+      entry['dtype'],
+      tuple(entry['shape']),
+      8 + size + entry['data_offsets'][0],
+    )
+    for key, entry in header.items()
+  }
 
 
 def digest(paths: list[str]) -> str:

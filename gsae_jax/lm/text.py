@@ -41,15 +41,18 @@ class _Windows:
     self,
     read: Callable[[], Iterable[str]],
     pack: Callable[[Iterable[str]], Iterator[Contexts]],
+    tick: Callable[[], None],
   ):
     self._read = read
     self._pack = pack
+    self._tick = tick
 
   def __iter__(self) -> Iterator[Contexts]:
     return ahead(
       lambda unwanted: self._pack(
         itertools.takewhile(lambda _: not unwanted(), self._read())
-      )
+      ),
+      self._tick,
     )
 
 
@@ -69,7 +72,12 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def prepare(
-  settings: Mapping[str, Any], tokenizer: Tokenizer, *, part: str, rows: int
+  settings: Mapping[str, Any],
+  tokenizer: Tokenizer,
+  *,
+  part: str,
+  rows: int,
+  tick: Callable[[], None] = lambda: None,
 ) -> Text:
   """Takes one part of a text, and packs it.
 
@@ -78,6 +86,7 @@ def prepare(
     tokenizer: the language model's.
     part: 'train' or 'held_out'.
     rows: positions wanted in the mask, at least.
+    tick: called while text is read or waited for; may raise, to leave.
   """
   place = {name: settings[name] for name in _PLACE}
   held_out = settings['held_out']
@@ -92,11 +101,18 @@ def prepare(
     read = lambda: _of_part(stored(), held_out, part)
   policy = {name: settings[name] for name in _PACKING} | {'rows': rows}
   if settings['window'] is None:
-    return Text(digest, [pack(read(), tokenizer, **policy)])
+    return Text(digest, [pack(_ticking(read(), tick), tokenizer, **policy)])
   policy['window'] = settings['window']
   return Text(
-    digest, _Windows(read, lambda texts: windows(texts, tokenizer, **policy))
+    digest,
+    _Windows(read, lambda texts: windows(texts, tokenizer, **policy), tick),
   )
+
+
+def _ticking(texts: Iterable[str], tick: Callable[[], None]) -> Iterator[str]:
+  for text in texts:
+    tick()
+    yield text
 
 
 def split(documents: Documents, held_out: float, part: str) -> tuple[str, ...]:

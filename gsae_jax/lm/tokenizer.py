@@ -19,10 +19,19 @@ class Tokenizer:
     adds_bos: whether the model is used to a BOS in front of a text.
     special_ids: sorted ids of every token marked special.
     digest: SHA-256 of the file.
-    largest_id: of all tokens; ids may leave gaps.
+    vocabulary: ids are below it.
   """
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str, vocabulary: int | None = None):
+    """Reads a folder's tokenizer.
+
+    Args:
+      folder: has a tokenizer.json.
+      vocabulary: how many embeddings the model has; None is as many as needed.
+
+    Raises:
+      UserError: there is none, or it is another model's.
+    """
     path = os.path.join(folder, 'tokenizer.json')
     if not os.path.exists(path):
       raise UserError(
@@ -35,8 +44,18 @@ class Tokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
     except Exception as e:  # The Rust library raises bare Exception.
       raise UserError(f'lm.path: {path} is not a tokenizer: {e}') from e
+    # What a file was last used with would cut documents, or fill them up.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
     self.digest = hashlib.sha256(raw).hexdigest()
-    self.largest_id = max(self._tokenizer.get_vocab().values())
+    own = self._tokenizer.get_vocab(with_added_tokens=False).values()
+    largest = max(own, default=-1)
+    self.vocabulary = largest + 1 if vocabulary is None else vocabulary
+    if largest >= self.vocabulary:
+      raise UserError(
+        f'lm.path: the tokenizer in {folder} has ids up to {largest}, and the '
+        f"model {vocabulary} embeddings; put the model's own tokenizer.json there"
+      )
     added = self._tokenizer.get_added_tokens_decoder()
     self.special_ids = tuple(sorted(i for i, t in added.items() if t.special))
     self.bos_id = self._bos_id(folder)
@@ -51,7 +70,7 @@ class Tokenizer:
       if os.path.exists(path):
         value = read_json(path).get(key)
         if isinstance(value, dict):  # An AddedToken written out.
-          value = value['content']
+          value = value.get('content')
         if isinstance(value, str):
           value = self._tokenizer.token_to_id(value)
         if value is not None:  # Id 0 is a token like any other.
@@ -67,13 +86,27 @@ class Tokenizer:
     return os.path.exists(path) and bool(read_json(path).get('add_bos_token'))
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens around it."""
+    """Token ids of each text, without special tokens around it.
+
+    Raises:
+      UserError: a text has a token that the model has no embedding for.
+    """
     encodings = self._tokenizer.encode_batch_fast(
       list(texts), add_special_tokens=False
     )
+    for encoding in encodings:
+      # Tokens may be added that the model has never seen.
+      if max(encoding.ids, default=0) >= self.vocabulary:
+        unknown = max(encoding.ids)
+        token = self._tokenizer.id_to_token(unknown)
+        raise UserError(
+          f'lm.path: the text has the token {token!r}, of id {unknown}, '
+          f'and the model {self.vocabulary} embeddings; leave it out of the text'
+        )
     return [e.ids for e in encodings]
 
   def decode(self, ids: Sequence[int]) -> str:
+    """The text of token ids, without its special tokens."""
     return self._tokenizer.decode(list(ids))
 
 

@@ -32,12 +32,13 @@ class Norm(nn.Module):
       x -= jnp.mean(x, -1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
     scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
-    if self.kind == 'rmsnorm_offset':  # Gemma rounds last.
-      return (x * (1 + scale.astype(jnp.float32))).astype(x_BLD.dtype)
-    x = x.astype(x_BLD.dtype) * scale
-    if self.kind == 'layernorm':
-      x += self.param('bias', nn.initializers.zeros, x.shape[-1:])
-    return x
+    if self.kind == 'rmsnorm':  # Llama rounds in front of the scale.
+      return x.astype(x_BLD.dtype) * scale
+    scale = scale.astype(jnp.float32)
+    if self.kind == 'rmsnorm_offset':
+      return (x * (1 + scale)).astype(x_BLD.dtype)
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+    return (x * scale + bias.astype(jnp.float32)).astype(x_BLD.dtype)
 
 
 class Attention(nn.Module):
@@ -232,13 +233,15 @@ def unembed(
   config: TransformerConfig, params: Mapping[str, Any], hidden: jax.Array
 ) -> jax.Array:
   """Logits `[..., V]` in float32 of the hidden states `[..., D]`."""
-  if config.tied_embeddings:
-    logits = jnp.einsum('...D,VD->...V', hidden, params['W_E'])
-  else:
-    logits = hidden @ params['W_U']
+  tied = config.tied_embeddings
+  logits = jnp.einsum(
+    '...D,VD->...V' if tied else '...D,DV->...V',
+    hidden,
+    params['W_E' if tied else 'W_U'],
+    preferred_element_type=jnp.float32,
+  )
   if config.unembed_bias:
-    logits += params['b_U']
-  logits = logits.astype(jnp.float32)
+    logits += params['b_U'].astype(jnp.float32)
   if config.logit_cap is not None:
     logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
   return logits

@@ -142,6 +142,11 @@ def load_language_model(
   """
   folder = _folder(path, revision)
   raw = read_json(os.path.join(folder, 'config.json'))
+  if raw.get('quantization_config'):
+    raise UserError(
+      f'lm.path: {folder}/config.json has a quantization_config; give the model '
+      'in float32, float16 or bfloat16'
+    )
   family = FAMILIES.get(raw.get('model_type'))
   if family is None:
     raise UserError(
@@ -150,21 +155,17 @@ def load_language_model(
     )
   try:
     module = Transformer(family.config(raw))
+    shapes = parameter_shapes(module)
+  except UserError:
+    raise
   except KeyError as e:
     raise UserError(f'lm.path: {folder}/config.json has no {e}') from e
-  except (TypeError, ValueError, AttributeError) as e:
-    raise UserError(f'lm.path: {folder}/config.json: {e}') from e
-  shapes = parameter_shapes(module)
+  except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+    reason = str(e).splitlines()[0]
+    raise UserError(f'lm.path: {folder}/config.json: {reason}') from e
   found, files = tensors_lib.find(folder)
   sources = _match(family, module, shapes, found, folder)
-  tokenizer = Tokenizer(folder)
-  vocabulary = module.config.vocabulary
-  if tokenizer.largest_id >= vocabulary:
-    raise UserError(
-      f'lm.path: the tokenizer in {folder} has ids up to '
-      f'{tokenizer.largest_id}, and the model {vocabulary} embeddings; '
-      "put the model's own tokenizer.json there"
-    )
+  tokenizer = Tokenizer(folder, module.config.vocabulary)
   identity = {
     'config': hashlib.sha256(
       json.dumps(raw, sort_keys=True).encode()
@@ -192,7 +193,8 @@ def _folder(path: str, revision: str | None) -> str:
     return huggingface_hub.snapshot_download(
       path,
       revision=revision,
-      allow_patterns=['*.json', '*.safetensors'],
+      allow_patterns=['*.json', 'model*.safetensors'],
+      ignore_patterns=['*/*'],
     )
   except Exception as e:  # A dozen network and hub errors, all the same here.
     raise UserError(
@@ -231,6 +233,7 @@ def _match(
     if theirs not in tensors:
       raise UserError(f'lm.path: {folder} lacks the tensor {theirs}')
     name, tensor = tensors[theirs]
+    tensor.check_dtype(name)
     try:
       got = orient(np.broadcast_to(np.int8(), tensor.shape)).shape
     except (ValueError, IndexError):
@@ -242,7 +245,14 @@ def _match(
       )
     sources[path] = tensor, orient
   known = {theirs for theirs, _ in table.values()}
-  if module.config.tied_embeddings:
+  if module.config.tied_embeddings and 'lm_head.weight' in tensors:
+    # Some are saved all the same.
+    (head, saved), (embedding, _) = tensors['lm_head.weight'], sources['W_E']
+    if not saved.equals(embedding):
+      raise UserError(
+        f'lm.path: {folder}: {head} differs from the embeddings, and config.json '
+        'ties the two (tie_word_embeddings)'
+      )
     known.add('lm_head.weight')
   left = sorted(name for key, (name, _) in tensors.items() if key not in known)
   if left:

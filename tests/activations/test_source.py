@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from gsae_jax.activations import forward as forward_lib
 from gsae_jax.activations.forward import Forward, fitting, make_forward
 from gsae_jax.activations.layout import Encoding
 from gsae_jax.activations.source import Source
@@ -21,10 +22,13 @@ def contexts(embedded):
   return held_out_contexts(embedded, documents=40, rows=5000)
 
 
-def forward(lm, sites=SITES, *, layout=None, batch_contexts=4, length=32):
-  layout = layout or layout_of(lm)
+def forward(lm, sites=SITES, *, layout=None, batch_contexts=4, **changes):
   return Forward(
-    lm, sites, layout=layout, batch_contexts=batch_contexts, length=length
+    lm,
+    sites,
+    layout=layout or layout_of(lm),
+    batch_contexts=batch_contexts,
+    **{'length': 32, 'dtypes': ('float32',)} | changes,
   )
 
 
@@ -231,9 +235,49 @@ def test_a_batch_is_chosen_to_fit(embedded, contexts):
 
 def test_what_a_batch_needs_is_asked_of_the_compiler(embedded):
   run = forward(embedded)
-  need = lambda contexts: run._needed(contexts, 32, np.dtype('float32'))
+  need = lambda contexts: run._needed(contexts, 32, 'float32')
   few, many = need(64), need(2048)
   # Ids, two results of two sites, and some of what lies between.
   least = 32 * (4 + 2 * 2 * 128 * 4)
   assert many - few > (2048 - 64) * least
   assert few > embedded.bytes / 4
+  # What is asked for in half the bytes needs less.
+  assert run._needed(2048, 32, 'bfloat16') < many
+
+
+def test_the_batch_is_chosen_for_the_dearest_of_the_programs(
+  embedded, monkeypatch
+):
+  asked = []
+  needed = {'bfloat16': 10, 'float32': 10**9}
+  monkeypatch.setattr(
+    Forward,
+    '_needed',
+    lambda self, contexts, length, dtype: (
+      asked.append((contexts, dtype)) or needed[dtype] * (contexts > 8)
+    ),
+  )
+  monkeypatch.setattr(forward_lib, '_limit', lambda device: 10**6)
+  run = forward(
+    embedded, batch_contexts=None, dtypes=('bfloat16', 'float32'), length=1024
+  )
+  assert run.batch == 4 * 8
+  assert [contexts for contexts, _ in asked[::2]] == [64, 32, 16, 8]
+
+
+def test_parameters_are_gathered_and_contexts_are_not(embedded, contexts):
+  layout = layout_of(embedded, 'fully_sharded')
+  sites = ('mlp_hidden.0', 'resid_post.0')
+  ids = jax.ShapeDtypeStruct((8, 32), np.int32, sharding=layout.contexts)
+  lowered = make_forward(embedded.module, layout, sites).lower(
+    embedded.load(layout.place), ids, dict.fromkeys(sites), dtype='float32'
+  )
+  text = lowered.compile().as_text()
+  assert 'all-gather' in text
+  for other in (
+    'all-reduce',
+    'reduce-scatter',
+    'all-to-all',
+    'collective-perm',
+  ):
+    assert other not in text

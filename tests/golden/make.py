@@ -10,20 +10,17 @@ from safetensors.numpy import save_file
 from tests.lm import families
 from tests.lm.golden import FOLDER
 
-NAMES = (
-  'gpt2', 'neox', 'llama', 'llama3', 'mistral', 'qwen2_window', 'qwen3_flags',
-  'gemma', 'gemma2', 'gemma3_scaled',
-)  # fmt: skip
-
 
 def main():
   cases, arrays = {}, {}
-  for name in NAMES:
+  for name in families.CASES:
     model = families.make(name)
     logits, taken = families.run(model, families.random_ids(batch=1))
     arrays[f'{name}/logits'] = logits
     site = f'resid_post.{families.LAYERS - 1}'
     arrays[f'{name}/{site}'] = taken[site]
+    rounded, _ = families.run(model.bfloat16(), families.random_ids(batch=1))
+    arrays[f'{name}/bfloat16'] = rounded
     cases[name] = {
       'config': model.config.to_dict(),
       'shapes': {k: list(p.shape) for k, p in model.named_parameters()},

@@ -238,7 +238,7 @@ def run(model, ids, zeroed=None):
   def note(site, value):
     if site == zeroed:
       value = torch.zeros_like(value)
-    taken[site] = value.detach().numpy().copy()
+    taken[site] = value.detach().float().numpy().copy()
     return value
 
   def entering(site):
@@ -264,7 +264,7 @@ def run(model, ids, zeroed=None):
   finally:
     for hook in hooks:
       hook.remove()
-  return logits.numpy(), taken
+  return logits.float().numpy(), taken
 
 
 def random_ids(batch=2, length=LENGTH):

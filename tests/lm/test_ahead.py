@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from gsae_jax.errors import Preempted
 from gsae_jax.lm.ahead import ahead
 from tests.conftest import ROOT
 
@@ -72,3 +73,27 @@ def test_a_program_that_ends_does_not_wait():
     'kept = ahead(endless); next(kept)'
   )
   subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_whoever_waits_can_leave():
+  gate = threading.Event()
+
+  def items(unwanted):
+    yield 1
+    while not gate.wait(0.01) and not unwanted():
+      pass
+    yield 2
+
+  ticks = []
+
+  def tick():
+    ticks.append(0)
+    if len(ticks) > 3:
+      raise Preempted
+
+  made = ahead(items, tick)
+  assert next(made) == 1
+  with pytest.raises(Preempted):
+    next(made)
+  wait_until(lambda: not threads())
+  assert not gate.is_set()

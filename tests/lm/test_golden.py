@@ -18,8 +18,8 @@ IDS = np.random.default_rng(0).integers(0, 96, (1, 40)).astype(np.int32)
 SITE = 'resid_post.2'
 
 
-def run(folder):
-  lm = load_language_model(str(folder), revision=None, dtype='float32')
+def run(folder, dtype='float32'):
+  lm = load_language_model(str(folder), revision=None, dtype=dtype)
   logits, taken = lm.module.apply({'params': lm.params}, IDS, sites=(SITE,))
   return logits, taken[SITE]
 
@@ -37,6 +37,17 @@ def test_a_family_equals_pytorch(name, tmp_path):
     assert want.std() > 0.1
 
 
+@pytest.mark.parametrize('name', read_cases())
+def test_bfloat16_errs_no_more_than_pytorch_does(name, tmp_path):
+  write_model(tmp_path, name)
+  logits, x = run(tmp_path, 'bfloat16')
+  golden = load_file(FOLDER / 'families.safetensors')
+  exact = golden[f'{name}/logits']
+  error = lambda got: np.sqrt(np.mean((np.asarray(got) - exact) ** 2))
+  ratio = error(logits) / error(golden[f'{name}/bfloat16'])
+  assert x.dtype == 'bfloat16' and 0.1 < ratio < 1.15
+
+
 def test_every_family_of_transformers_is_there():
   kinds = {c['config']['model_type'] for c in read_cases().values()}
   assert kinds == set(FAMILIES) - {'gelu_1l', 'gemma3'}
@@ -45,8 +56,11 @@ def test_every_family_of_transformers_is_there():
 def rename(folder, change, more=()):
   path = folder / 'model.safetensors'
   tensors = {change(k): v for k, v in load_file(path).items()}
-  buffer = np.ones((1, 2), np.float32)
-  save_file(tensors | dict.fromkeys(more, buffer), path)
+  head = tensors.get('model.embed_tokens.weight')
+  buffer = np.ones((1, 2), np.uint8)
+  for name in more:
+    tensors[name] = head if name == 'lm_head.weight' else buffer
+  save_file(tensors, path)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +94,35 @@ def test_names_and_buffers_of_published_files(name, change, more, tmp_path):
   rename(tmp_path, lambda k: k, ('model.layers.0.something',))
   with pytest.raises(UserError, match='1 unexpected .*something'):
     run(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'spelling',
+  [
+    {'hidden_act': 'gelu'},
+    {'hidden_act': 'gelu', 'hidden_activation': None},
+    {'hidden_act': 'gelu', 'hidden_activation': 'gelu_pytorch_tanh'},
+    {},
+  ],
+)
+def test_gemma_1_says_gelu_and_means_the_approximation(spelling, tmp_path):
+  config = write_model(tmp_path, 'gemma')
+  want = run(tmp_path)
+  del config['hidden_act']
+  (tmp_path / 'config.json').write_text(json.dumps(config | spelling))
+  for a, b in zip(run(tmp_path), want, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_head_that_is_not_the_tied_embeddings_is_refused(tmp_path):
+  write_model(tmp_path, 'gemma')
+  tensors = load_file(tmp_path / 'model.safetensors')
+  embeddings = tensors['model.embed_tokens.weight']
+  for head in (embeddings + 1, embeddings[:7].copy()):
+    more = tensors | {'lm_head.weight': head}
+    save_file(more, tmp_path / 'model.safetensors')
+    with pytest.raises(UserError, match='lm_head.weight differs from the emb'):
+      run(tmp_path)
 
 
 @pytest.mark.parametrize(

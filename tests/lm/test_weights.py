@@ -9,6 +9,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from gsae_jax.errors import UserError
@@ -102,6 +104,9 @@ def test_llama_settings_that_are_not_supported(tmp_path):
     ({'rope_parameters': longrope}, "rotary scaling 'longrope' is not support"),
     ({'hidden_act': 'mish'}, "asks for the activation 'mish'; supported are"),
     ({'hidden_size': 'big'}, 'config.json: .*hidden_size'),
+    ({'num_key_value_heads': 3}, 'config.json: .*'),
+    ({'rms_norm_eps': None}, 'config.json: .*rms_norm_eps'),
+    ({'quantization_config': {'bits': 4}}, 'has a quantization_config'),
     # What the file lacks is said, not computed without.
     (
       {'attention_bias': True},
@@ -137,10 +142,22 @@ def test_sharded_weights_are_the_same_model(folder, embedded):
   refuse(folder, 'has no b.safetensors')
 
 
+# Not twice what is needed, nor what is a pickle.
+PUBLISHED = [
+  'config.json', 'model-00001-of-00002.safetensors', 'tokenizer.json',
+  'consolidated.safetensors', 'onnx/config.json', 'pytorch_model.bin',
+]  # fmt: skip
+
+
 def test_a_hub_id_is_downloaded(folder, monkeypatch):
   asked = []
 
-  def download(repo, *, revision, allow_patterns):
+  def download(repo, *, revision, allow_patterns, ignore_patterns):
+    patterns = {
+      'allow_patterns': allow_patterns,
+      'ignore_patterns': ignore_patterns,
+    }
+    assert list(filter_repo_objects(PUBLISHED, **patterns)) == PUBLISHED[:3]
     asked.append((repo, revision))
     return str(folder)
 
@@ -171,6 +188,28 @@ def test_another_models_tokenizer_is_refused(folder):
   )
   (folder / 'config.json').write_text(json.dumps(config | {'d_vocab': 900}))
   refuse(folder, 'has ids up to 2047, and the model 900 embeddings')
+
+
+def test_tokens_behind_the_embeddings_may_be_there_and_not_be_used(folder):
+  path = folder / 'tokenizer.json'
+  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  tokenizer.add_special_tokens(['<image>'])
+  tokenizer.save(str(path))
+  lm = load_language_model(str(folder), revision=None, dtype='float32')
+  assert lm.tokenizer.encode(['x = 1'])[0]
+  with pytest.raises(UserError, match="has the token '<image>', of id 2048"):
+    lm.tokenizer.encode(['x = 1', 'a <image>'])
+
+
+def test_what_a_tokenizer_was_last_used_with_is_forgotten(folder, embedded):
+  path = folder / 'tokenizer.json'
+  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  tokenizer.enable_truncation(4)
+  tokenizer.enable_padding(length=16)
+  tokenizer.save(str(path))
+  texts = ['x', 'import os\n' * 20]
+  lm = load_language_model(str(folder), revision=None, dtype='float32')
+  assert lm.tokenizer.encode(texts) == embedded.tokenizer.encode(texts)
 
 
 def test_broken_settings_have_their_line(folder):
@@ -240,12 +279,15 @@ def test_what_cannot_be_divided_is_everywhere(tmp_path):
 def test_layouts_that_do_not_fit(embedded):
   for kind, model, match in (
     ('tensor', 1, "'tensor' divides the language model over mesh.model"),
-    ('fully_sharded', 3, 'mesh.model: 3 does not divide the 4 devices'),
+    ('tensor', 3, 'of which the 4 device.s. of a process leave 1'),
   ):
     with pytest.raises(UserError, match=match):
       layout_of(embedded, kind, model=model)
   assert layout_of(embedded, 'auto', model=3).kind == 'replicated'
-  assert layout_of(embedded, 'tensor', model=-1).mesh.shape['model'] == 4
+  # As far as it divides the devices: SAEs may go over many processes.
+  for model, want in ((-1, 4), (8, 4), (6, 2), (3, 1)):
+    layout = layout_of(embedded, 'fully_sharded', model=model)
+    assert layout.mesh.shape['model'] == want
 
 
 def test_auto_divides_what_a_device_cannot_hold(embedded):
@@ -278,6 +320,16 @@ def test_only_the_first_blocks_are_read(stories):
     np.testing.assert_array_equal(x, run(lm.params)[1][site])
 
 
+def test_tensors_of_other_kinds_are_named(folder):
+  change_tensors(
+    folder, lambda t: t.update({'embed.W_E': t['embed.W_E'].astype(np.int8)})
+  )
+  refuse(folder, 'embed.W_E is of I8; supported are F64, F32')
+  shutil.copy(EMBEDDED / 'model.safetensors', folder)
+  change_tensors(folder, lambda t: t.update({'q.zeros': np.ones(3, np.int32)}))
+  refuse(folder, r'1 unexpected tensor\(s\), such as q.zeros')
+
+
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float64'])
 def test_other_precisions_are_read_as_they_are(dtype, folder, embedded):
   kind = getattr(ml_dtypes, dtype, None) or np.dtype(dtype)
@@ -299,8 +351,9 @@ def test_pickles_are_named_and_not_read(folder):
 
 def test_indices_that_are_wrong(folder):
   index = folder / 'model.safetensors.index.json'
-  index.write_text('{}')
-  refuse(folder, 'index.json has no weight_map')
+  for content in ('{}', '{"weight_map": {"a": 3}}'):
+    index.write_text(content)
+    refuse(folder, 'index.json has no weight_map')
   shutil.copy(folder / 'model.safetensors', folder / 'b.safetensors')
   names = {'a': 'model.safetensors', 'b': 'b.safetensors'}
   index.write_text(json.dumps({'weight_map': names}))

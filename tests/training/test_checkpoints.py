@@ -52,7 +52,7 @@ def train(
     steps = Checkpoints(str(workdir)).steps()
     at[0] = steps[-1] if steps else 0
   metadata = {
-    'schema': 2,
+    'schema': 3,
     'config': {'seed': 0, 'train': {'batch_size': train.batch_size}},
     'identity': {'seed': 0},
     'store': store.content_hash,
@@ -105,7 +105,7 @@ def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
   # The signal comes while the batch of a step that was just saved is made.
   whole = train(store, tmp_path / 'whole', MEMBERS, settings())
   settings_, meta = settings(), {
-    'schema': 2,
+    'schema': 3,
     'config': {'seed': 0, 'train': {'batch_size': settings().batch_size}},
     'identity': {'seed': 0},
     'store': store.content_hash,
@@ -357,9 +357,9 @@ def test_the_latest_and_every_so_many_checkpoints_are_kept(store, tmp_path):
 
 
 def test_unknown_schema_is_refused(store, tmp_path):
-  train(store, tmp_path, MEMBERS, settings(), meta={'schema': 3})
+  train(store, tmp_path, MEMBERS, settings(), meta={'schema': 9})
   with Checkpoints(str(tmp_path), read_only=True) as saved:
-    with pytest.raises(UserError, match='has schema 3, and this version reads'):
+    with pytest.raises(UserError, match='has schema 9, and this version reads'):
       saved.metadata(30)
 
 

@@ -35,7 +35,10 @@ def config(raw: dict) -> TransformerConfig:
   if kind == 'gemma':
     block = BlockConfig(hf.rope_of(c, c.head_dim), None, c.head_dim**-0.5)
     blocks = [block] * c.num_hidden_layers
-    act = c.hidden_act
+    # The published files say "gelu" and mean the approximation; a file may name
+    # it in a field of its own.
+    act = raw.get('hidden_activation') or raw.get('hidden_act') or 'gelu'
+    act = 'gelu_pytorch_tanh' if act == 'gelu' else act
   else:
     scale = c.query_pre_attn_scalar**-0.5
     blocks = [
