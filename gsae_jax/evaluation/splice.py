@@ -50,11 +50,13 @@ class Devices:
     self.layout = layout
 
   def language_model(self, lm: LanguageModel) -> Any:
+    """Its parameters, as the layout says."""
     if self.parallel == 'pmap':
       return lm.load(put=self._on_each)
     return lm.load(self.layout.place)
 
   def sae(self, params: dict[str, np.ndarray]) -> Any:
+    """Parameters of one SAE."""
     if self.parallel == 'pmap':
       return {name: self._on_each(value) for name, value in params.items()}
     return {
@@ -101,6 +103,7 @@ class Devices:
     return NamedSharding(mesh, spec)
 
   def spread(self, value: np.ndarray) -> Any:
+    """A batch `[B, ...]`, or `[devices, B / devices, ...]` for pmap."""
     if self.parallel == 'pmap':
       return value.reshape(self.layout.parts, -1, *value.shape[1:])
     return jax.device_put(value, self.layout.contexts)

@@ -101,6 +101,11 @@ class Held:
     return self._count
 
   def add(self, block: Contexts) -> None:
+    """Appends contexts of the same tokenizer and policy.
+
+    Raises:
+      UserError: there is no room for them.
+    """
     with _room():
       if self._file is None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- see `close`.
@@ -127,6 +132,7 @@ class Held:
     )
 
   def close(self) -> None:
+    """Lets go of the file."""
     if self._file is not None:
       self._file.close()
 

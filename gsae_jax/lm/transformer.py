@@ -156,6 +156,16 @@ class Block(nn.Module):
     return self.tap('resid_post', middle_BLD + h_BLD)
 
 
+def as_precise_as(dtype: jnp.dtype):
+  """Matrix products in a `with` block are float32 where `dtype` is.
+
+  TPUs and GPUs would round the operands to fewer bits.
+  """
+  return jax.default_matmul_precision(
+    'highest' if dtype == jnp.float32 else None
+  )
+
+
 class Transformer(nn.Module):
   """The language model."""
 
@@ -212,7 +222,8 @@ class Transformer(nn.Module):
       def at(kind, value, i=i):
         return tap(f'{kind}.{i}', value)
 
-      x_BLD = Block(c, i, at, name=f'block_{i}')(x_BLD)
+      with as_precise_as(x_BLD.dtype):
+        x_BLD = Block(c, i, at, name=f'block_{i}')(x_BLD)
     if output is None:
       return None, taken
     x_BLD = Norm(c.norm, c.norm_eps, name='ln_final')(x_BLD)
@@ -234,12 +245,13 @@ def unembed(
 ) -> jax.Array:
   """Logits `[..., V]` in float32 of the hidden states `[..., D]`."""
   tied = config.tied_embeddings
-  logits = jnp.einsum(
-    '...D,VD->...V' if tied else '...D,DV->...V',
-    hidden,
-    params['W_E' if tied else 'W_U'],
-    preferred_element_type=jnp.float32,
-  )
+  with as_precise_as(hidden.dtype):
+    logits = jnp.einsum(
+      '...D,VD->...V' if tied else '...D,DV->...V',
+      hidden,
+      params['W_E' if tied else 'W_U'],
+      preferred_element_type=jnp.float32,
+    )
   if config.unembed_bias:
     logits += params['b_U'].astype(jnp.float32)
   if config.logit_cap is not None:

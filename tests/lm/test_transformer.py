@@ -174,3 +174,14 @@ def test_sites_that_the_model_lacks(embedded):
   for site in ('mlp_ou.0', 'mlp_out', 'mlp_out.x'):
     with pytest.raises(UserError, match='a site is one of attn_pre_linear, '):
       config.check_site(site)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_products_of_float32_are_float32_on_every_device(dtype, ids):
+  lm = load_language_model('embedded', revision=None, dtype=dtype)
+  run = lambda p: lm.module.apply({'params': p}, ids)[0]
+  text = str(jax.make_jaxpr(run)(lm.params))
+  products, exact = text.count('dot_general['), text.count('Precision.HIGHEST')
+  # Queries, keys, values, scores, sums of values, output, two of the MLP, logits.
+  assert products == 9
+  assert exact == (2 * products if dtype == 'float32' else 0)
