@@ -149,7 +149,7 @@ def evaluate_new(
     steps = checkpoints.steps()
     files = {step: workdir / 'eval' / f'step_{step}.json' for step in steps}
     todo = [s for s in steps if not is_done(files[s], config.eval.tokens)]
-    if steps and not todo:
+    if steps and not todo and not _WATCH.value:
       print(
         f'{len(steps)} checkpoint(s) were evaluated before; to do it again, delete '
         f'{workdir / "eval"}'

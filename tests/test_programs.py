@@ -67,6 +67,29 @@ def test_four_devices_give_the_numbers_of_one(smoke, tmp_path):
         assert got[name] == value
 
 
+@pytest.mark.parametrize('layout', ['tensor', 'fully_sharded'])
+def test_a_divided_language_model_gives_the_same_run(layout, smoke, tmp_path):
+  store, workdir, *_ = smoke
+  flags = f'--config.lm.layout={layout}', '--config.mesh.model=2'
+  run('harvest', f'--store={tmp_path}/store', *flags, devices=4)
+  there, here = open_store(str(store)), open_store(f'{tmp_path}/store')
+  assert here.content_hash == there.content_hash
+  for site in here.sites:
+    np.testing.assert_allclose(
+      here.read(site, 0, here.rows), there.read(site, 0, here.rows), atol=1e-5
+    )
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns('eval'))
+  run('evaluate', f'--workdir={copy}', *flags, devices=4)
+  read = lambda w: json.loads((w / 'eval/step_40.json').read_text())
+  for got, want in zip(read(copy), read(workdir), strict=True):
+    for name, value in want.items():
+      if isinstance(value, float):
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, err_msg=name)
+      else:
+        assert got[name] == value
+
+
 @pytest.mark.slow
 def test_harvest_killed_and_started_again_is_as_if_never_killed(
   smoke, tmp_path
@@ -347,9 +370,11 @@ def test_evaluation_of_other_tokens_is_done_again(smoke, tmp_path):
   copy = tmp_path / 'run'
   shutil.copytree(workdir, copy)
   before = (copy / 'eval/step_40.json').stat().st_mtime_ns
-  run('evaluate', f'--workdir={copy}')
+  said = 'were evaluated before; to do it again, delete'
+  assert said in run('evaluate', f'--workdir={copy}')
   assert (copy / 'eval/step_40.json').stat().st_mtime_ns == before
-  run('evaluate', f'--workdir={copy}', '--config.eval.tokens=500')
+  flags = f'--workdir={copy}', '--config.eval.tokens=500'
+  assert said not in run('evaluate', *flags)
   records = json.loads((copy / 'eval/step_40.json').read_text())
   assert [r['num_tokens'] for r in records] == [500] * 4
   (copy / 'eval/step_40.json').write_text('[{}]')
