@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gsae_jax.lm.products import summed_in_float32
+
 # Queries of a block. A context has at most `_BLOCKS` of them, because each is
 # compiled on its own; a larger block goes `_ROWS` queries at a time, in a loop.
 _BLOCK, _BLOCKS, _ROWS = 128, 8, 512
@@ -87,9 +89,7 @@ def _rows(
   cap: float | None,
 ) -> jax.Array:
   """What the queries from `start` on see of the keys from `first` on."""
-  scores = scale * jnp.einsum(
-    'BGRTK,BGSK->BGRTS', q, k, preferred_element_type=jnp.float32
-  )
+  scores = scale * summed_in_float32('BGRTK,BGSK->BGRTS', q, k)
   if cap is not None:
     scores = cap * jnp.tanh(scores / cap)
   back = start + jnp.arange(q.shape[-2])[:, None]
@@ -100,11 +100,6 @@ def _rows(
   # Not infinite: rows that fill up a turn may see nothing.
   scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
   weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-  z = jnp.einsum(
-    'BGRTS,BGSK->BGRTK',
-    weights.astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
-  )
+  z = summed_in_float32('BGRTS,BGSK->BGRTK', weights.astype(v.dtype), v)
   z /= jnp.sum(weights, -1, keepdims=True)
   return z.astype(v.dtype)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gsae_jax.lm.architecture import ACTIVATIONS, BlockConfig, TransformerConfig
 from gsae_jax.lm.attention import attend
+from gsae_jax.lm.products import as_precise_as, summed_in_float32
 from gsae_jax.lm.rotary import rotate
 
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]
@@ -156,16 +157,6 @@ class Block(nn.Module):
     return self.tap('resid_post', middle_BLD + h_BLD)
 
 
-def as_precise_as(dtype: jnp.dtype):
-  """Matrix products in a `with` block are float32 where `dtype` is.
-
-  TPUs and GPUs would round the operands to fewer bits.
-  """
-  return jax.default_matmul_precision(
-    'highest' if dtype == jnp.float32 else None
-  )
-
-
 class Transformer(nn.Module):
   """The language model."""
 
@@ -246,11 +237,10 @@ def unembed(
   """Logits `[..., V]` in float32 of the hidden states `[..., D]`."""
   tied = config.tied_embeddings
   with as_precise_as(hidden.dtype):
-    logits = jnp.einsum(
+    logits = summed_in_float32(
       '...D,VD->...V' if tied else '...D,DV->...V',
       hidden,
       params['W_E' if tied else 'W_U'],
-      preferred_element_type=jnp.float32,
     )
   if config.unembed_bias:
     logits += params['b_U'].astype(jnp.float32)
