@@ -78,7 +78,7 @@ def test_the_digest_is_of_every_token_and_their_order(embedded, contexts):
   for change in (
     {'ids_CL': ids_CL},
     {'documents_R': documents_R},
-    {'special_ids': (0, 5)},
+    {'special_ids': (0, int(ids_CL[0, 5]))},
     {'special_tokens': 'keep'},
   ):
     other = dataclasses.replace(contexts, **change)
