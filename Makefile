@@ -31,7 +31,8 @@ export MALLOC_TRIM_THRESHOLD_ = 8000000000
 .venv/tested: .venv/installed
 	test -z "$(TORCH)" || .venv/bin/python -m pip install -q $(TORCH)
 	.venv/bin/python -m pip install -q --target .venv/libtpu --no-deps \
-	  "$$(.venv/bin/python tests/libtpu_version.py)"
+	  "$$(.venv/bin/python tests/libtpu_version.py)" \
+	  || echo "no libtpu for this machine: tests of what fits a TPU are left out"
 	touch $@
 
 quickstart: .venv/installed
