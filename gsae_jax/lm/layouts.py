@@ -71,6 +71,7 @@ class Layout:
 
   @property
   def everywhere(self) -> NamedSharding:
+    """Where what every device holds lies."""
     return NamedSharding(self.mesh, P())
 
   def place(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
