@@ -41,7 +41,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   recipe.hub_text(
     c, 'HuggingFaceFW/fineweb', context_length=1024, subset='sample-10BT'
   )
-  # A context's logits are 1 GB in float32: 256,000 tokens.
-  c.eval.batch_size = 2
+  # What an SAE's features and the hidden states of eight contexts take is 1 GB.
+  c.eval.batch_size = 8
   members = public_grid.members(SITES, 16_384, 'gemma')
   return choose(c, arg, members, default='resid_post.12')
