@@ -1,12 +1,79 @@
-"""Reads eval/step_<N>.json."""
+"""Reads eval/step_<N>.json, and the sums of documents beside it."""
 
+import dataclasses
 import json
 
+import numpy as np
+import safetensors.numpy
 from etils import epath
 
 from gsae_jax.errors import UserError
-from gsae_jax.evaluation import pareto
+from gsae_jax.evaluation import metrics, pareto
 from gsae_jax.evaluation.pareto import Record
+
+
+def records_path(workdir: epath.Path, step: int) -> epath.Path:
+  return workdir / 'eval' / f'step_{step}.json'
+
+
+def documents_path(workdir: epath.Path, step: int) -> epath.Path:
+  return workdir / 'eval' / f'step_{step}.documents.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """What the records of one step were made of.
+
+  Attributes:
+    ids: uint64 `[documents]`, of their text.
+    sums: by member, `metrics.OF_SITE` and `metrics.OF_SAE`, float64 `[documents]`
+      each.
+  """
+
+  ids: np.ndarray
+  sums: dict[str, dict[str, np.ndarray]]
+
+
+def documents_bytes(documents: Documents, sites: dict[str, str]) -> bytes:
+  """The file of `read_documents`; what SAEs of a site share is there once.
+
+  Args:
+    documents: what to write.
+    sites: of each member.
+  """
+  arrays = {'ids': documents.ids}
+  for member, sums in documents.sums.items():
+    for name in metrics.OF_SITE:
+      arrays[f'site/{sites[member]}/{name}'] = sums[name]
+    for name in metrics.OF_SAE:
+      arrays[f'sae/{member}/{name}'] = sums[name]
+  return safetensors.numpy.save(arrays)
+
+
+def read_documents(workdir: epath.Path, step: int) -> Documents | None:
+  """The sums of a step that `read_evaluations` knows; None without the file.
+
+  Raises:
+    UserError: the file does not go with the records.
+  """
+  path = documents_path(workdir, step)
+  if not path.exists():
+    return None
+  try:
+    arrays = safetensors.numpy.load(path.read_bytes())
+    sums = {
+      r['member']: {
+        name: arrays[f'site/{r["site"]}/{name}'] for name in metrics.OF_SITE
+      }
+      | {name: arrays[f'sae/{r["member"]}/{name}'] for name in metrics.OF_SAE}
+      for r in read_records(records_path(workdir, step))
+    }
+    return Documents(arrays['ids'], sums)
+  except (KeyError, ValueError, safetensors.SafetensorError) as e:
+    raise UserError(
+      f'--workdir: {path} does not go with the records beside it ({e}); delete '
+      'both and run gsae_jax.evaluate again'
+    ) from e
 
 
 def read_records(path: epath.Path) -> list[Record]:
