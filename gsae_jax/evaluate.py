@@ -181,9 +181,10 @@ def record(
   config: config_lib.Config, measured: tuple[splice.Measured, ...]
 ) -> dict:
   """The measured part of a record, and the same counted the other way."""
-  first, *others = (metrics.record(m.sums, m.fired_F) for m in measured)
-  name = OTHER_WAY[config.text.special_tokens]
-  return first | {name: other for other in others}
+  first, *other = (metrics.record(m.sums, m.fired_F) for m in measured)
+  if other:
+    (first[OTHER_WAY[config.text.special_tokens]],) = other
+  return first
 
 
 def is_done(

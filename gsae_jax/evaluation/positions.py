@@ -1,10 +1,30 @@
-"""Which positions of a text count, and sums over them, document by document."""
+"""Which positions of a text count, who takes them, and sums by document."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from gsae_jax.lm.contexts import Contexts
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+  """Which of the batches are this process's, and how all come together.
+
+  Attributes:
+    index: this one.
+    count: how many there are.
+    gather: a tree of arrays to the same of all processes, along a new first axis.
+  """
+
+  index: int = 0
+  count: int = 1
+  gather: Callable[[Any], Any] = lambda tree: jax.tree.map(
+    lambda v: v[None], tree
+  )
 
 
 class Positions:

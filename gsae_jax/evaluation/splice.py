@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import numpy as np
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import metrics, passes
 from gsae_jax.evaluation.devices import Devices
-from gsae_jax.evaluation.positions import Positions
+from gsae_jax.evaluation.positions import Positions, Processes
 from gsae_jax.evaluation.top import Top, empty_top, merged_tops
 from gsae_jax.lm.contexts import Contexts
 from gsae_jax.lm.layouts import Layout
@@ -39,23 +39,6 @@ class Measured:
   fired_F: np.ndarray
   activation_F: np.ndarray | None = None
   top: Top | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-  """Which of the batches are this process's, and how all come together.
-
-  Attributes:
-    index: this one.
-    count: how many there are.
-    gather: a tree of arrays to the same of all processes, along a new first axis.
-  """
-
-  index: int = 0
-  count: int = 1
-  gather: Callable[[Any], Any] = lambda tree: jax.tree.map(
-    lambda v: v[None], tree
-  )
 
 
 class Evaluator:
