@@ -12,8 +12,8 @@ from gsae_jax.evaluation.splice import Evaluator
 from tests.conftest import held_out_contexts, layout_of
 
 
-def directions(rng, F, D):
-  W_FD = rng.normal(size=(F, D))
+def directions(rng, F, D, mean=0.0):
+  W_FD = rng.normal(size=(F, D)) + mean
   return W_FD / np.linalg.norm(W_FD, axis=1, keepdims=True)
 
 
@@ -79,8 +79,9 @@ def x64():
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_iteration_is_that_of_the_routine(method, rng, x64):
-  # Crowded, so that atoms are clipped and chosen again.
-  W_FD, x_BD = directions(rng, 40, 12), rng.normal(size=(50, 12))
+  # Crowded and to one side, so that atoms are dropped and chosen again.
+  W_FD = directions(rng, 40, 12, mean=0.7)
+  x_BD = rng.normal(size=(200, 12)) + 0.7
   ks = tuple(range(1, 25))
   want = np.array([reference(method, W_FD, x_D, 24) for x_D in x_BD])
   dropped = ((want[:, :-1] > 0) & (want[:, 1:] == 0)).sum()
@@ -105,9 +106,9 @@ def test_planted_atoms_are_found(method, rng):
   assert relative_errors(x_hat, x).max() < 0.2
   if method == 'matching':  # Overshoots of correlated atoms are left.
     return
-  f, x_hat = solve(method, W, x, 12)
-  assert relative_errors(x_hat, x).max() < 1e-5
-  np.testing.assert_allclose(f, planted_f, atol=3e-5)
+  f, x_hat = solve(method, W, x, 16)
+  assert relative_errors(x_hat, x).max() < 2e-6
+  np.testing.assert_allclose(f, planted_f, atol=5e-6)
 
 
 def test_gradient_pursuit_is_the_better_of_the_two(rng):
