@@ -70,13 +70,6 @@ def relative_errors(x_hat_BD, x_BD):
   return np.linalg.norm(x_hat_BD - x_BD, axis=-1) / np.linalg.norm(x_BD, axis=1)
 
 
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
 @pytest.mark.parametrize('method', METHODS)
 def test_every_iteration_is_that_of_the_routine(method, rng, x64):
   # Crowded and to one side, so that atoms are dropped and chosen again.
