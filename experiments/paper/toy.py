@@ -146,15 +146,15 @@ def figure(seed: int = 0) -> str:
   a_N, on_N = sample(_ROWS, seed)
   t = RELU[0]
   distributions = [
-    _histogram('has the feature', 'gated', a_N[on_N]),
-    _histogram('has it not', 'relu', a_N[~on_N]),
-    _curve('threshold', 'other0', (t, t), (0.0, 0.85)),
+    _histogram('has the feature', 'other1', a_N[on_N]),
+    _histogram('has it not', 'other2', a_N[~on_N]),
+    _curve('threshold', 'other7', (t, t), (0.0, 0.85)),
   ]
   grid = np.unique([*np.linspace(-1.0, 4.0, 101), t, np.nextafter(t, 2.0)])
   outputs = [
     _curve('ReLU, t = 1, m = 2', 'relu', grid, encode(grid, *RELU)),
     _curve('JumpReLU, t = 1, m = 1', 'gated', grid, encode(grid, *JUMPRELU)),
-    _curve('the value', 'other0', grid, grid, opacity=0.5),
+    _curve('the value', 'other7', grid, grid, opacity=0.5),
   ]
   ts = np.linspace(-0.5, 2.5, 61)
   errors = [
