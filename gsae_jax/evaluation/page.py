@@ -34,7 +34,16 @@ def render(
     ratios = pareto.ratio_history(evaluations, site)
     parts.append(_site(site, own, ratios, len(sites) > 1))
   parts += [_training(last, metrics), _table(last)]
-  body = '\n'.join(parts)
+  return document(title, '\n'.join(parts))
+
+
+def document(title: str, body: str) -> str:
+  """A page of its own, with the style sheet in it.
+
+  Args:
+    title: plain text.
+    body: HTML.
+  """
   here = importlib.resources.files('gsae_jax.evaluation')
   style = (here / 'page.css').read_text()
   return (
@@ -74,7 +83,7 @@ def _site(
 ) -> str:
   heading = f'<h2>{html.escape(site)}</h2>' if many else ''
   frames = [
-    _figure(
+    frame(
       'Loss recovered against sparsity',
       'Up and to the left is better. Lines join each architecture’s frontier; '
       'every SAE is shown.',
@@ -86,7 +95,7 @@ def _site(
         log_x=True,
       ),
     ),
-    _figure(
+    frame(
       'Relative reconstruction bias γ',
       'Below 1, reconstructions are too small: shrinkage.',
       figures.figure(
@@ -102,7 +111,7 @@ def _site(
   if len(ratios) > 1:
     points = [(t, r, f'{t:,} activations: {r:.3f}') for t, r in ratios]
     frames.append(
-      _figure(
+      frame(
         'L0 ratio at equal loss recovered, over training',
         'Gated over baseline, 1 is level. The baseline converges more slowly, '
         'so a short run flatters Gated; settled means within '
@@ -117,7 +126,7 @@ def _site(
       )
     )
   frames.append(
-    _figure(
+    frame(
       'Explained variance against sparsity',
       'One minus the variance that the reconstruction leaves.',
       figures.figure(
@@ -135,7 +144,7 @@ def _site(
   )
 
 
-def _figure(heading: str, caption: str, svg: str) -> str:
+def frame(heading: str, caption: str, svg: str) -> str:
   return (
     f'<figure><h3>{html.escape(heading)}</h3>{svg}'
     f'<figcaption>{html.escape(caption)}</figcaption></figure>'
@@ -243,7 +252,7 @@ def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
           )
         )
     frames.append(
-      _figure(
+      frame(
         label.capitalize(),
         'One line per SAE.',
         figures.figure(
