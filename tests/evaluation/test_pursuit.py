@@ -227,7 +227,10 @@ def test_the_evaluator_takes_it_for_an_sae(embedded, rng, layout):
     layout=layout_of(embedded, kind, model=model),
   )
   saes = {k: (Pursuit(128, 192, k), 'mlp_out.0', params) for k in (4, 40)}
-  records = {k: metrics.record(*s) for k, s in evaluator.run(saes).items()}
+  records = {
+    k: metrics.record(measured.sums, measured.fired_F)
+    for k, (measured,) in evaluator.run(saes).items()
+  }
   for k, record in records.items():
     assert 0.5 * k < record['l0'] <= k
   # Random directions do the better the more there are.
