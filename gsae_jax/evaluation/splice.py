@@ -234,11 +234,11 @@ class _Run:
     """Starts a batch's programs, and then takes in what the one before gave."""
     of, devices = self._of, self._of._devices
     mask = devices.spread(self._policy.masks[batch])
-    rows, sums, others = {}, {}, []
+    site_rows, rows, sums, others = {}, {}, {}, []
     for site, mean in self._means.items():
       program = of._compiled(passes.ablated_pass, site)
       out = program(of._params, ids, mask, taken, mean)
-      rows[site] = out.rows
+      site_rows[site] = out.rows
       others += out.kept
     for name, (module, site, _) in self._saes.items():
       program = of._compiled(passes.spliced_pass, module, site)
@@ -256,18 +256,19 @@ class _Run:
     compare = of._compiled(passes.comparison, devices.parts_in_sight)
     losses = compare(of._params, ids, mask, hidden, tuple(others)).rows
     self._take()
-    self._pending = batch, rows, sums, losses
+    self._pending = batch, site_rows, rows, sums, losses
 
   def _take(self):
     """Adds up a batch that was started one batch ago: the device is not idle."""
     if self._pending is None:
       return
-    batch, rows, sums, losses = self._pending
-    rows, losses = self._of._devices.fetch((rows, losses))
+    batch, *found, sums, losses = self._pending
+    *found, losses = self._of._devices.fetch((*found, losses))
+    site_rows, rows = found
     ce, kl = (np.moveaxis(losses[k], -1, 0) for k in ('ce', 'kl'))
     add = functools.partial(self._policy.add, batch=batch)
     for i, (site, totals) in enumerate(self._new.items()):
-      values = rows[site] | {'ce_clean': losses['clean']}
+      values = site_rows[site] | {'ce_clean': losses['clean']}
       for j, name in enumerate(('zero', 'mean')):
         values |= {f'ce_{name}': ce[2 * i + j], f'kl_{name}': kl[2 * i + j]}
       add(totals, values=values)
