@@ -256,15 +256,14 @@ class _Run:
     compare = of._compiled(passes.comparison, devices.parts_in_sight)
     losses = compare(of._params, ids, mask, hidden, tuple(others)).rows
     self._take()
-    self._pending = batch, site_rows, rows, sums, losses
+    self._pending = batch, site_rows, rows, losses, sums
 
   def _take(self):
     """Adds up a batch that was started one batch ago: the device is not idle."""
     if self._pending is None:
       return
-    batch, *found, sums, losses = self._pending
-    *found, losses = self._of._devices.fetch((*found, losses))
-    site_rows, rows = found
+    batch, *rows, sums = self._pending
+    site_rows, rows, losses = self._of._devices.fetch(rows)
     ce, kl = (np.moveaxis(losses[k], -1, 0) for k in ('ce', 'kl'))
     add = functools.partial(self._policy.add, batch=batch)
     for i, (site, totals) in enumerate(self._new.items()):
