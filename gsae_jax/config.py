@@ -168,6 +168,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   tokens: int
+  stride: int
   batch_size: int
   parallel: str
   special_tokens: str
@@ -179,7 +180,13 @@ class EvalConfig:
     checks.choice('eval.parallel', self.parallel, ('pmap', 'mesh', 'auto'))
     checks.choice('eval.special_tokens', self.special_tokens, ('text', 'both'))
     checks.choice('eval.dashboards', self.dashboards, ('none', 'last', 'all'))
-    for name in ('tokens', 'batch_size', 'top_contexts', 'top_logits'):
+    for name in (
+      'tokens',
+      'stride',
+      'batch_size',
+      'top_contexts',
+      'top_logits',
+    ):
       checks.at_least(f'eval.{name}', getattr(self, name), 1)
 
 

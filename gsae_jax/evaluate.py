@@ -92,6 +92,7 @@ def make_evaluator(
     lm.tokenizer,
     part='held_out',
     rows=config.eval.tokens,
+    stride=config.eval.stride,
   ).windows
   return splice.Evaluator(
     lm,

@@ -49,6 +49,23 @@ class Contexts:
       documents_R=self.documents_R[first:last],
     )
 
+  def every(self, stride: int, first: int) -> 'Contexts':
+    """Every so manieth context, from one on."""
+    if stride == 1:
+      return self
+    length = self.ids_CL.shape[1]
+    parts = [self.part(i, i + 1) for i in range(first, len(self), stride)]
+    if not parts:
+      return self.part(0, 0)
+    return dataclasses.replace(
+      self,
+      ids_CL=self.ids_CL[first::stride],
+      starts_R=np.concatenate(
+        [part.starts_R + i * length for i, part in enumerate(parts)]
+      ),
+      documents_R=np.concatenate([part.documents_R for part in parts]),
+    )
+
   def special(self, chosen_C=slice(None)) -> np.ndarray:
     """Bool `[chosen, context_length]`, True where the token is a special one."""
     return np.isin(self.ids_CL[chosen_C], self.special_ids)

@@ -24,6 +24,7 @@ def pack(
   prepend_bos: bool,
   special_tokens: str,
   rows: int | None,
+  stride: int = 1,
 ) -> Contexts:
   """Packs documents into contexts until `rows` positions count.
 
@@ -40,6 +41,7 @@ def pack(
     prepend_bos=prepend_bos,
     special_tokens=special_tokens,
     rows=rows,
+    stride=stride,
     window=None,
   )
   return contexts
@@ -55,6 +57,7 @@ def windows(
   special_tokens: str,
   rows: int | None,
   window: int | None,
+  stride: int = 1,
 ) -> Iterator[Contexts]:
   """Packs documents into contexts, and yields so many contexts at a time.
 
@@ -75,6 +78,7 @@ def windows(
     rows: positions wanted in the mask, at least; None for all there are. What
       is behind them is left out.
     window: contexts to yield at a time, but for the last; None for all.
+    stride: of so many contexts in a row, only the first is taken.
 
   Raises:
     UserError: the text has too few tokens, or the tokenizer has no BOS.
@@ -89,13 +93,16 @@ def windows(
     context_length,
     tokenizer.bos_id if prepend_bos else None,
   )
-  counted = 0
+  counted = seen = 0
   held = Held(context_length)
   try:
     for ids_CL, starts_R, documents_R in blocks:
       block = Contexts(
         ids_CL, tokenizer.special_ids, special_tokens, starts_R, documents_R
       )
+      skipped = -seen % stride
+      seen += len(block)
+      block = block.every(stride, skipped)
       total_C = counted + np.cumsum(block.counted())
       at = 0
       while at < len(block):
@@ -115,8 +122,10 @@ def windows(
         at = stop
     if rows is not None:
       hint = ''
+      if stride > 1:
+        hint = f'; eval.stride leaves out {stride - 1} of {stride} contexts'
       if packing == 'documents':
-        hint = (
+        hint += (
           "; text.packing='documents' leaves out what a document has beyond a "
           "context, and 'stream' does not"
         )

@@ -77,6 +77,7 @@ def prepare(
   *,
   part: str,
   rows: int,
+  stride: int = 1,
   tick: Callable[[], None] = lambda: None,
 ) -> Text:
   """Takes one part of a text, and packs it.
@@ -86,6 +87,7 @@ def prepare(
     tokenizer: the language model's.
     part: 'train' or 'held_out'.
     rows: positions wanted in the mask, at least.
+    stride: of so many contexts in a row, only the first is taken.
     tick: called while text is read or waited for; may raise, to leave.
   """
   place = {name: settings[name] for name in _PLACE}
@@ -99,7 +101,8 @@ def prepare(
   else:
     stored = locate(**place)
     read = lambda: _of_part(stored(), held_out, part)
-  policy = {name: settings[name] for name in _PACKING} | {'rows': rows}
+  policy = {name: settings[name] for name in _PACKING}
+  policy |= {'rows': rows, 'stride': stride}
   if settings['window'] is None:
     return Text(digest, [pack(_ticking(read(), tick), tokenizer, **policy)])
   policy['window'] = settings['window']

@@ -275,3 +275,29 @@ def test_the_standard_library_is_there_without_its_tests():
   assert len(documents.texts) > 200
   assert sum(map(len, documents.texts)) > 4_000_000
   assert not any('class CompatTestCase' in t for t in documents.texts)
+
+
+@pytest.mark.parametrize('packing', ['stream', 'documents'])
+@pytest.mark.parametrize('stride', [2, 3, 7])
+def test_every_so_manieth_context_is_taken(packing, stride, embedded):
+  texts = [
+    f'{word} = {i}\n' * (5 + 40 * (i % 3))
+    for i, word in enumerate('abcdefghijkl' * 60)
+  ]
+  settings = {
+    'context_length': 16,
+    'packing': packing,
+    'prepend_bos': True,
+    'special_tokens': 'drop',
+  }
+  whole = text.pack(texts, embedded.tokenizer, rows=None, **settings)
+  taken = text.pack(
+    texts, embedded.tokenizer, rows=500, stride=stride, **settings
+  )
+  count = len(taken)
+  assert 500 <= taken.mask_CL.sum() < 516
+  for name in ('ids_CL', 'documents_CL', 'mask_CL'):
+    want = getattr(whole, name)[::stride][:count]
+    np.testing.assert_array_equal(getattr(taken, name), want)
+  with pytest.raises(UserError, match=f'leaves out {stride - 1} of {stride}'):
+    text.pack(texts, embedded.tokenizer, rows=10**6, stride=stride, **settings)
