@@ -171,6 +171,7 @@ def evaluate_step(
       'step': step,
       'tokens_trained': step * batch_size,
       **record(config, measured[k]),
+      'stride': config.eval.stride,
     }
     for k, m in members.items()
   ]
@@ -199,6 +200,7 @@ def is_done(
   both = config.eval.special_tokens == 'both'
   return (
     first['num_tokens'] == config.eval.tokens
+    and first['stride'] == config.eval.stride
     and (not both or OTHER_WAY[config.text.special_tokens] in first)
     and (
       not has_dashboards(config, trained, step)

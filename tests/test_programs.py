@@ -10,6 +10,8 @@ import pytest
 
 import gsae_jax
 from gsae_jax.activations.store import open_store
+from gsae_jax.errors import UserError
+from gsae_jax.evaluation import features
 from gsae_jax.lm import text
 from tests.commands import (
   SMOKE,
@@ -384,6 +386,36 @@ def test_evaluation_of_other_tokens_is_done_again(smoke, tmp_path):
   refuse(
     'report', f'--workdir={copy}', match='step_40.json is not an evaluation'
   )
+
+
+@pytest.mark.slow
+def test_what_the_config_asks_for_beyond_is_evaluated(smoke, tmp_path):
+  _, workdir, *_ = smoke
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  assert not (copy / 'eval/step_20.features').exists()
+  said = 'were evaluated before'
+  for flags in (
+    ('--config.eval.dashboards=all', '--config.eval.special_tokens=both'),
+    ('--config.eval.stride=2',),
+  ):
+    assert said not in run('evaluate', f'--workdir={copy}', *flags)
+    assert said in run('evaluate', f'--workdir={copy}', *flags)
+  assert said not in run('evaluate', f'--workdir={copy}')
+  assert said in run('evaluate', f'--workdir={copy}')
+  # The figures of the first time.
+  for step in (0, 20, 40):
+    name = f'eval/step_{step}.json'
+    assert (copy / name).read_text() == (workdir / name).read_text()
+  of, contexts = features.read(copy, 20, 'gated_mlp_out.0')
+  assert of['top_contexts'].shape == of['logit_top_ids'].shape == (64, 10)
+  assert of['density'].shape == of['mean_activation'].shape == (64,)
+  where = of['top_contexts'], of['top_positions']
+  assert contexts['mask'][where][where[0] >= 0].all()
+  assert np.all(np.diff(of['logit_top_values']) <= 0)
+  assert np.all(np.diff(of['logit_bottom_values']) >= 0)
+  with pytest.raises(UserError, match='set eval.dashboards, delete step_20'):
+    features.read(copy, 20, 'nobody')
 
 
 def test_another_separator_would_hold_out_other_text(smoke, tmp_path):
