@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsae_jax import processes
+from gsae_jax import density, processes
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import Store
 from gsae_jax.activations.stream import Stream
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.errors import Preempted, UserError
-from gsae_jax.training import checkpoints, density
+from gsae_jax.training import checkpoints
 from gsae_jax.training.groups import Baseline, copier, make_groups
 from gsae_jax.training.members import make_recipe
 from gsae_jax.training.progress import Progress
