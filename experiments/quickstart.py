@@ -149,6 +149,14 @@ def get_config() -> ml_collections.ConfigDict:
   # 'pmap' or 'mesh', the same numbers; 'auto' is pmap where devices hold the
   # whole language model.
   c.eval.parallel = 'auto'
+  # 'both' counts special tokens in a second set of figures if text.special_tokens
+  # drops them, and drops them there if it keeps them; takes twice as long.
+  c.eval.special_tokens = 'text'  # As text.special_tokens says.
+  # What each feature fires on and does, for dashboards: of the run's 'last'
+  # checkpoint, of 'all', or of 'none'.
+  c.eval.dashboards = 'last'
+  c.eval.top_contexts = 10  # Per feature.
+  c.eval.top_logits = 10
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.sae = 1  # SAEs of equal shape; nothing is sent along this axis.

@@ -166,11 +166,17 @@ class EvalConfig:
   tokens: int
   batch_size: int
   parallel: str
+  special_tokens: str
+  dashboards: str
+  top_contexts: int
+  top_logits: int
 
   def __post_init__(self):
     checks.choice('eval.parallel', self.parallel, ('pmap', 'mesh', 'auto'))
-    checks.at_least('eval.tokens', self.tokens, 1)
-    checks.at_least('eval.batch_size', self.batch_size, 1)
+    checks.choice('eval.special_tokens', self.special_tokens, ('text', 'both'))
+    checks.choice('eval.dashboards', self.dashboards, ('none', 'last', 'all'))
+    for name in ('tokens', 'batch_size', 'top_contexts', 'top_logits'):
+      checks.at_least(f'eval.{name}', getattr(self, name), 1)
 
 
 @dataclasses.dataclass(frozen=True)

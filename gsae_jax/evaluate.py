@@ -3,8 +3,9 @@ r"""Evaluates the checkpoints of a run on held-out text.
   python -m gsae_jax.evaluate --config=experiments/quickstart.py --workdir=DIR
   python -m gsae_jax.evaluate ... --watch     follows a training run to its end
 
-Writes `eval/step_<N>.json` for every checkpoint that has none of `eval.tokens`
-tokens yet, and prints the table of the latest.
+Writes `eval/step_<N>.json`, and what goes with it, for every checkpoint that has
+none of this `config.eval` yet, and prints the table of the latest. Run by several
+processes (--coordinator), each takes a share of the contexts.
 """
 
 import dataclasses
@@ -12,21 +13,24 @@ import json
 import time
 
 import jax
+import numpy as np
 import tqdm
 from absl import flags
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import paths, program
+from gsae_jax import paths, processes, program
 from gsae_jax.activations.store import differences
-from gsae_jax.errors import PREEMPTED, UserError
-from gsae_jax.evaluation import metrics, pareto, splice
-from gsae_jax.evaluation.records import read_evaluations, read_records
+from gsae_jax.errors import UserError
+from gsae_jax.evaluation import features, metrics, pareto, records, splice
 from gsae_jax.lm import text as text_lib
 from gsae_jax.lm.layouts import make_layout
 from gsae_jax.lm.weights import load_language_model
 from gsae_jax.sae import make_module, variant
 from gsae_jax.training.checkpoints import Checkpoints
+
+# What a record calls the figures of the other policy for special tokens.
+OTHER_WAY = {'drop': 'with_special_tokens', 'keep': 'without_special_tokens'}
 
 _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of gsae_jax.train.')
@@ -96,80 +100,155 @@ def make_evaluator(
     batch_size=config.eval.batch_size,
     parallel=config.eval.parallel,
     layout=layout,
+    both=config.eval.special_tokens == 'both',
+    processes=splice.Processes(
+      jax.process_index(), jax.process_count(), processes.gathered
+    ),
   )
 
 
+def has_dashboards(config: config_lib.Config, trained: dict, step: int) -> bool:
+  """Whether the features of a step are to be written."""
+  last = step == trained['config']['train']['steps']
+  return config.eval.dashboards in (('all', 'last') if last else ('all',))
+
+
 def evaluate_step(
-  evaluator: splice.Evaluator, checkpoints: Checkpoints, step: int
-) -> list[dict]:
-  """The records of one checkpoint, in the order of the config's members."""
+  config: config_lib.Config,
+  evaluator: splice.Evaluator,
+  checkpoints: Checkpoints,
+  step: int,
+) -> dict[str, bytes | str]:
+  """What is written of one checkpoint.
+
+  Returns:
+    contents by path below the workdir's `eval`, the records last; empty but for
+    the first process.
+  """
   trained = checkpoints.metadata(step)
   members = {m['name']: m for m in trained['members']}
   params = checkpoints.restore_params(
     step, {name: m['shapes'] for name, m in members.items()}
   )
   saes = {
-    name: (
-      make_module(m),
-      m['site'],
-      params[name],
-    )
+    name: (make_module(m), m['site'], params[name])
     for name, m in members.items()
   }
-  records = []
-  for name, sums in evaluator.run(saes).items():
-    m = members[name]
-    records.append(
-      {
-        'member': name,
-        'site': m['site'],
-        'architecture': m['architecture'],
-        'variant': variant(m),
-        'features': m['features'],
-        'l1_coefficient': m['l1'],
-        'seed': m['seed'],
-        'step': step,
-        'tokens_trained': step * trained['config']['train']['batch_size'],
-        **metrics.record(*sums),
-      }
+  dashboards = has_dashboards(config, trained, step)
+  measured = evaluator.run(
+    saes, top_contexts=config.eval.top_contexts if dashboards else 0
+  )
+  if jax.process_index():
+    return {}
+  name = f'step_{step}'
+  out = {}
+  if dashboards:
+    contexts = {'ids': evaluator.contexts_CL, 'mask': evaluator.mask_CL}
+    out[f'{name}.features/contexts.safetensors'] = features.pack(contexts)
+    for member, (_, site, p) in saes.items():
+      effects = evaluator.logit_effects(
+        site, p['W_dec'], config.eval.top_logits
+      )
+      out[f'{name}.features/{member}.safetensors'] = features.pack(
+        features.of(measured[member][0], effects)
+      )
+  documents = records.Documents(
+    evaluator.ids, {k: found[0].sums for k, found in measured.items()}
+  )
+  sites = {k: m['site'] for k, m in members.items()}
+  out[f'{name}.documents.safetensors'] = records.pack(documents, sites)
+  batch_size = trained['config']['train']['batch_size']
+  values = [
+    {
+      'member': k,
+      'site': m['site'],
+      'architecture': m['architecture'],
+      'variant': variant(m),
+      'features': m['features'],
+      'l1_coefficient': m['l1'],
+      'seed': m['seed'],
+      'step': step,
+      'tokens_trained': step * batch_size,
+      **record(config, measured[k]),
+    }
+    for k, m in members.items()
+  ]
+  out[f'{name}.json'] = json.dumps(values, indent=1, allow_nan=False) + '\n'
+  return out
+
+
+def record(
+  config: config_lib.Config, measured: tuple[splice.Measured, ...]
+) -> dict:
+  """The measured part of a record, and the same counted the other way."""
+  first, *other = (metrics.record(m.sums, m.fired_F) for m in measured)
+  if other:
+    (first[OTHER_WAY[config.text.special_tokens]],) = other
+  return first
+
+
+def is_done(
+  config: config_lib.Config, workdir: epath.Path, trained: dict, step: int
+) -> bool:
+  """Whether a checkpoint was evaluated already, as the config says."""
+  path = records.records_path(workdir, step)
+  if not path.exists():
+    return False
+  first = records.read_records(path)[0]
+  both = config.eval.special_tokens == 'both'
+  return (
+    first['num_tokens'] == config.eval.tokens
+    and (not both or OTHER_WAY[config.text.special_tokens] in first)
+    and (
+      not has_dashboards(config, trained, step)
+      or features.folder(workdir, step).exists()
     )
-  return records
-
-
-def is_done(path: epath.Path, tokens: int) -> bool:
-  """Whether a checkpoint was evaluated already, on so many tokens."""
-  return path.exists() and read_records(path)[0]['num_tokens'] == tokens
+  )
 
 
 def evaluate_new(
-  config: config_lib.Config, workdir: epath.Path, make, preempted
+  config: config_lib.Config,
+  workdir: epath.Path,
+  make,
+  preempted: program.Preemption,
 ) -> bool:
   """Evaluates the checkpoints that wait for it; True if none is to come."""
+  first = jax.process_index() == 0
   with Checkpoints(str(workdir), read_only=True) as checkpoints:
     steps = checkpoints.steps()
-    files = {step: workdir / 'eval' / f'step_{step}.json' for step in steps}
-    todo = [s for s in steps if not is_done(files[s], config.eval.tokens)]
-    if steps and not todo and not _WATCH.value:
+    trained = {step: checkpoints.metadata(step) for step in steps}
+    todo = [s for s in steps if not is_done(config, workdir, trained[s], s)]
+    if steps and not todo and not _WATCH.value and first:
       print(
         f'{len(steps)} checkpoint(s) were evaluated before; to do it again, delete '
         f'{workdir / "eval"}'
       )
-    for step in tqdm.tqdm(todo, unit='checkpoint', disable=not todo):
-      if preempted:
-        return False
-      evaluator = make(config, checkpoints.metadata(step))
-      records = evaluate_step(evaluator, checkpoints, step)
-      text = json.dumps(records, indent=1, allow_nan=False) + '\n'
-      paths.write_whole(files[step], text)
-    if not steps:
-      return False
-    return checkpoints.metadata(steps[-1])['config']['train']['steps'] in steps
+    # The processes may not see the same files at the same time.
+    last = (
+      bool(steps) and trained[steps[-1]]['config']['train']['steps'] in steps
+    )
+    count, last = processes.agreed(np.array([len(todo), last], np.int32))
+    for i in tqdm.tqdm(
+      range(count), unit='checkpoint', disable=not (count and first)
+    ):
+      step = int(processes.agreed(np.int32(todo[i] if first else 0)))
+      with processes.together():
+        preempted.check()
+        evaluator = make(config, checkpoints.metadata(step))
+      with processes.leaving_with_the_others():
+        contents = evaluate_step(config, evaluator, checkpoints, step)
+      with processes.together():
+        for name, content in contents.items():
+          paths.write_whole(workdir / 'eval' / name, content)
+    return bool(last)
 
 
 def main() -> int:
-  config = config_lib.parse(program.read_config(_CONFIG))
+  processes.initialize()
   preempted = program.Preemption()
-  workdir = paths.workdir(_WORKDIR.value)
+  with processes.together():
+    config = config_lib.parse(program.read_config(_CONFIG))
+    workdir = paths.workdir(_WORKDIR.value)
   made = []
 
   def make(*args):
@@ -178,16 +257,18 @@ def main() -> int:
     return made[0]
 
   while True:
-    last = False
     # With --watch, the training run may not have begun.
-    if (workdir / 'checkpoints').exists() or not _WATCH.value:
+    begun = (workdir / 'checkpoints').exists() or not _WATCH.value
+    last = False
+    if processes.agreed(np.int32(begun)):
       last = evaluate_new(config, workdir, make, preempted)
-    if preempted and not last:
-      return PREEMPTED
     if last or not _WATCH.value:
       break
+    with processes.together():
+      preempted.check()
     time.sleep(_POLL.value)
-  print(pareto.summary(read_evaluations(workdir)))
+  if jax.process_index() == 0:
+    print(pareto.summary(records.read_evaluations(workdir)))
   return 0
 
 

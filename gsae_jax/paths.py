@@ -49,12 +49,13 @@ def is_remote(path: epath.Path) -> bool:
   return '://' in str(path)
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
   """Writes a file so that no reader sees a part of it."""
   path.parent.mkdir(parents=True, exist_ok=True)
+  raw = content.encode() if isinstance(content, str) else content
   if is_remote(path):  # An object in a bucket is whole or not there.
-    path.write_text(text)
+    path.write_bytes(raw)
     return
   part = path.parent / f'{path.name}.part'
-  part.write_text(text)
+  part.write_bytes(raw)
   part.replace(path)

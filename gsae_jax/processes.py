@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,20 @@ def agreed(values: np.ndarray) -> np.ndarray:
   if jax.process_count() == 1:
     return values
   return _exchange(values)[0]
+
+
+def gathered(tree: Any) -> Any:
+  """A tree of arrays, of every process, along a new first axis; bit for bit."""
+  if jax.process_count() == 1:
+    return jax.tree.map(lambda v: v[None], tree)
+
+  def one(value):
+    value = np.ascontiguousarray(value)
+    # As words: JAX would make 32 bits of 64.
+    words = _exchange(value.reshape(-1).view(np.uint32))
+    return words.view(value.dtype).reshape(-1, *value.shape)
+
+  return jax.tree.map(one, tree)
 
 
 class Ballot:

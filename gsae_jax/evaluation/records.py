@@ -35,7 +35,7 @@ class Documents:
   sums: dict[str, dict[str, np.ndarray]]
 
 
-def documents_bytes(documents: Documents, sites: dict[str, str]) -> bytes:
+def pack(documents: Documents, sites: dict[str, str]) -> bytes:
   """The file of `read_documents`; what SAEs of a site share is there once.
 
   Args:

@@ -1,145 +1,54 @@
 """Evaluates SAEs by splicing their reconstructions in, over all devices."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gsae_jax.errors import UserError
-from gsae_jax.evaluation import passes
-from gsae_jax.evaluation.metrics import Accumulator
+from gsae_jax.evaluation import metrics, passes
+from gsae_jax.evaluation.devices import Devices
+from gsae_jax.evaluation.positions import Positions, Processes
+from gsae_jax.evaluation.top import Top, empty_top, merged_tops
+from gsae_jax.lm.contexts import Contexts
 from gsae_jax.lm.layouts import Layout
-from gsae_jax.lm.text import Contexts
 from gsae_jax.lm.weights import LanguageModel
-from gsae_jax.sae import SPECS
 
-AXIS = 'data'
+Member = tuple[nn.Module, str, dict[str, np.ndarray]]
 
-# Of a device's memory, for parameters of SAEs that are evaluated together.
-_SHARE = 0.25
+# The two ways to count special tokens, the text's own first.
+_OTHER = {'drop': 'keep', 'keep': 'drop'}
 
 
-class Devices:
-  """Where contexts are divided over, by pmap or by a mesh: one interface.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What was measured of one SAE.
 
-  `spread` puts a batch on the devices, `language_model` and `sae` parameters,
-  and `compile` turns one of the passes into a program over all devices. A
-  program's sums come back whole, what else it gives stays where it was made.
+  Attributes:
+    sums: `metrics.OF_SITE` and `metrics.OF_SAE`, float64 `[documents]` each.
+    fired_F: tokens that each feature fired on.
+    activation_F: sum of its activations; None where `top` is.
+    top: contexts on which it is strongest, if they were asked for.
   """
 
-  def __init__(self, parallel: str, layout: Layout):
-    """Takes 'pmap', 'mesh', or 'auto': pmap where devices hold the whole model.
-
-    Raises:
-      UserError: pmap is asked for, and they do not.
-    """
-    whole = layout.kind == 'replicated'
-    if parallel == 'auto':
-      parallel = 'pmap' if whole else 'mesh'
-    if parallel == 'pmap' and not whole:
-      raise UserError(
-        "eval.parallel: with 'pmap' every device holds the language model, "
-        f"which lm.layout, {layout.kind!r}, divides; set it to 'mesh' or 'auto'"
-      )
-    self.parallel = parallel
-    self.layout = layout
-
-  def language_model(self, lm: LanguageModel) -> Any:
-    """Its parameters, as the layout says."""
-    if self.parallel == 'pmap':
-      return lm.load(put=self._on_each)
-    return lm.load(self.layout.place)
-
-  def sae(self, params: dict[str, np.ndarray]) -> Any:
-    """Parameters of one SAE."""
-    if self.parallel == 'pmap':
-      return {name: self._on_each(value) for name, value in params.items()}
-    return {
-      name: jax.device_put(value, self.place_sae(name, value.shape))
-      for name, value in params.items()
-    }
-
-  def _on_each(self, value: np.ndarray) -> jax.Array:
-    """`[devices, ...]` for pmap; the host makes no copy of it for each."""
-    mesh = self.layout.mesh
-    return jax.make_array_from_single_device_arrays(
-      (mesh.size, *value.shape),
-      NamedSharding(mesh, P(('data', 'model'))),
-      [jax.device_put(value[None], device) for device in mesh.devices.flat],
-    )
-
-  def groups(self, saes: dict[str, tuple]) -> list[dict[str, tuple]]:
-    """SAEs in order, so many together as devices have room for."""
-    stats = self.layout.mesh.local_devices[0].memory_stats()
-    limit = _SHARE * stats['bytes_limit'] if stats else np.inf
-    groups, held = [], 0
-    for name, sae in saes.items():
-      size = sum(self._bytes(k, v) for k, v in sae[2].items())
-      if not groups or held + size > limit:
-        groups.append({})
-        held = 0
-      groups[-1][name] = sae
-      held += size
-    return groups
-
-  def _bytes(self, name: str, value: np.ndarray) -> int:
-    """Of a device that a parameter takes."""
-    if self.parallel == 'pmap':
-      return value.nbytes
-    part = self.place_sae(name, value.shape).shard_shape(value.shape)
-    return int(np.prod(part)) * value.dtype.itemsize
-
-  def place_sae(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Features are divided as the language model's heads are, if they can be."""
-    mesh, spec = self.layout.mesh, SPECS.get(name, P())
-    divided = [n for n, axis in zip(shape, spec, strict=False) if axis]
-    if any(n % mesh.shape['model'] for n in divided):
-      spec = P()
-    return NamedSharding(mesh, spec)
-
-  def spread(self, value: np.ndarray) -> Any:
-    """A batch `[B, ...]`, or `[devices, B / devices, ...]` for pmap."""
-    if self.parallel == 'pmap':
-      return value.reshape(self.layout.parts, -1, *value.shape[1:])
-    return jax.device_put(value, self.layout.contexts)
-
-  def compile(
-    self, fn: Callable[..., Any], *, sums: bool, kept: bool
-  ) -> Callable[..., Any]:
-    """Compiles a pass, whose first argument is the language model's parameters.
-
-    Args:
-      fn: returns sums, or something to keep where it is, or both in that order.
-      sums: whether it returns sums.
-      kept: whether it returns something else.
-    """
-    if self.parallel == 'pmap':
-
-      def on_each(*args):
-        out = fn(*args)
-        if not sums:
-          return out
-        if not kept:
-          return jax.lax.psum(out, AXIS)
-        return jax.lax.psum(out[0], AXIS), out[1]
-
-      out_axes = (None, 0) if sums and kept else None if sums else 0
-      return jax.pmap(on_each, axis_name=AXIS, out_axes=out_axes)
-    whole = self.layout.everywhere
-    out = (whole, None) if sums and kept else whole if sums else None
-    return jax.jit(
-      lambda lm_params, *args: fn(self.layout.gather(lm_params), *args),
-      out_shardings=out,
-    )
+  sums: dict[str, np.ndarray]
+  fired_F: np.ndarray
+  activation_F: np.ndarray | None = None
+  top: Top | None = None
 
 
 class Evaluator:
-  """Evaluates SAEs on a fixed set of contexts."""
+  """Evaluates SAEs on a fixed set of contexts.
+
+  Attributes:
+    ids: uint64, of the documents that sums are of.
+    contexts_CL: token ids of the contexts, as `Measured.top` numbers them.
+    mask_CL: which of their positions count.
+  """
 
   def __init__(
     self,
@@ -150,6 +59,8 @@ class Evaluator:
     batch_size: int,
     parallel: str,
     layout: Layout,
+    both: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 -- it is frozen.
   ):
     """Fixes what is evaluated on.
 
@@ -157,9 +68,11 @@ class Evaluator:
       lm: the language model.
       contexts: held-out text, with at least `tokens` positions in the mask.
       tokens: positions to count; those beyond are masked out.
-      batch_size: contexts per pass, over all devices.
+      batch_size: contexts per pass, over all devices of this process.
       parallel: 'pmap', 'mesh' or 'auto'.
       layout: of the language model.
+      both: count special tokens the other way, too.
+      processes: who takes which batches.
 
     Raises:
       UserError: `batch_size` cannot be divided as the layout does.
@@ -172,85 +85,221 @@ class Evaluator:
     self._lm = lm
     self._devices = Devices(parallel, layout)
     self._params = self._devices.language_model(lm)
+    self._processes = processes
     rank_CL = np.cumsum(contexts.mask_CL).reshape(contexts.mask_CL.shape)
     mask_CL = contexts.mask_CL & (rank_CL <= tokens)
-    # The last batch is filled up with contexts of weight 0.
-    missing = -len(mask_CL) % batch_size
-    pad = ((0, missing), (0, 0))
-    self._ids = np.pad(contexts.ids_CL, pad).reshape(
-      -1, batch_size, mask_CL.shape[1]
-    )
-    self._mask = np.pad(mask_CL, pad).reshape(self._ids.shape)
-    self._zero = {}
+    policies = [(contexts, mask_CL)]
+    if both:
+      other = dataclasses.replace(
+        contexts, special_tokens=_OTHER[contexts.special_tokens]
+      )
+      last = np.flatnonzero(mask_CL)[-1]
+      until_CL = np.arange(mask_CL.size).reshape(mask_CL.shape) <= last
+      policies.append((other, other.mask_CL & until_CL))
+    self._policies = [Positions(c, mask, batch_size) for c, mask in policies]
+    self.ids = self._policies[0].ids
+    self.contexts_CL, self.mask_CL = contexts.ids_CL, mask_CL
     # One program per architecture, shape and site, for the evaluator's life.
-    self._clean = functools.lru_cache(None)(self._compile_clean)
-    self._ablated = functools.lru_cache(None)(self._compile_ablated)
-    self._spliced = functools.lru_cache(None)(self._compile_spliced)
-    parts = 1 if self._devices.parallel == 'pmap' else layout.parts
-    self._compare = self._devices.compile(
-      functools.partial(passes.comparison, lm.module, parts),
-      sums=True,
-      kept=False,
-    )
+    self._compiled = functools.lru_cache(None)(self._compile)
 
-  def _compile_clean(self, sites):
-    fn = functools.partial(passes.clean_pass, self._lm.module, sites)
-    return self._devices.compile(fn, sums=False, kept=True)
-
-  def _compile_ablated(self, site):
-    fn = functools.partial(passes.ablated_pass, self._lm.module, site)
-    return self._devices.compile(fn, sums=False, kept=True)
-
-  def _compile_spliced(self, sae, site):
-    fn = functools.partial(passes.spliced_pass, self._lm.module, sae, site)
-    return self._devices.compile(fn, sums=True, kept=True)
+  def _compile(self, fn, *args):
+    return self._devices.compile(functools.partial(fn, self._lm.module, *args))
 
   def run(
-    self, saes: dict[str, tuple[nn.Module, str, dict[str, np.ndarray]]]
-  ) -> dict[str, tuple[dict, dict, dict]]:
-    """Sums for every SAE.
+    self, saes: dict[str, Member], *, top_contexts: int = 0
+  ) -> dict[str, tuple[Measured, ...]]:
+    """Measures every SAE.
 
     Args:
       saes: module, site and parameters (for raw activations) by name.
+      top_contexts: how many to find for each feature.
 
     Returns:
-      clean, zero-ablation and spliced sums by name, as `metrics.record` takes
-      them.
+      by name, what was measured as the text counts special tokens, and, with
+      `both`, then the other way.
     """
     return {
-      name: sums
+      name: measured
       for group in self._devices.groups(saes)
-      for name, sums in self._run(group).items()
+      for name, measured in self._run(group, top_contexts).items()
     }
 
-  def _run(self, saes):
+  def _run(self, saes, top_contexts):
     """The same of SAEs whose parameters are on the devices together."""
     sites = tuple(dict.fromkeys(site for _, site, _ in saes.values()))
+    new = tuple(site for site in sites if site not in self._policies[0].sites)
+    self._find_means(new)
     params = {k: self._devices.sae(p) for k, (_, _, p) in saes.items()}
-    clean = Accumulator()
-    # The ablation does not depend on the SAE: once per site is enough.
-    zero = {s: Accumulator() for s in sites if s not in self._zero}
-    spliced = {name: Accumulator() for name in saes}
-    for ids, mask in self._batches():
-      hidden, x = self._clean(sites)(self._params, ids)
-      others = [self._ablated(s)(self._params, ids, mask) for s in zero]
-      for name, (module, site, _) in saes.items():
-        program = self._spliced(module, site)
-        sums, other = program(self._params, ids, mask, x[site], params[name])
-        spliced[name].add(jax.device_get(sums))
-        others.append(other)
-      sums = jax.device_get(
-        self._compare(self._params, ids, mask, hidden, tuple(others))
-      )
-      clean.add({name: sums[name] for name in ('ce', 'predictions')})
-      for i, total in enumerate((*zero.values(), *spliced.values())):
-        total.add({'ce': sums['other_ce'][i], 'kl': sums['kl'][i]})
-    self._zero |= {site: total.sums for site, total in zero.items()}
+    runs = [
+      _Run(self, policy, saes, params, new, 0 if i else top_contexts)
+      for i, policy in enumerate(self._policies)
+    ]
+    for batch, ids in self._batches():
+      hidden, taken = self._compiled(passes.clean_pass, sites)(
+        self._params, ids
+      ).kept
+      for run in runs:
+        run.launch(batch, ids, hidden, taken)
+    found = [run.finish() for run in runs]
+    return {name: tuple(f[name] for f in found) for name in saes}
+
+  def logit_effects(
+    self, site: str, W_dec_FD: np.ndarray, k: int
+  ) -> dict[str, np.ndarray]:
+    """The tokens that each feature makes likelier and less likely.
+
+    Args:
+      site: of the SAE.
+      W_dec_FD: its decoder.
+      k: how many, at most; vocabularies may be smaller.
+
+    Returns:
+      `logit_top_ids`, `logit_top_values`, `logit_bottom_ids` and
+      `logit_bottom_values`, `[F, k]` each, the strongest first.
+    """
+    parts, vocabulary = (
+      self._devices.layout.parts,
+      self._lm.module.config.vocabulary,
+    )
+    program = self._compiled(passes.effects_pass, site, min(k, vocabulary))
+    size = parts * max(
+      1, min(len(W_dec_FD), passes.LOGITS // vocabulary) // parts
+    )
+    blocks = []
+    for start in range(0, len(W_dec_FD), size):
+      d_ND = W_dec_FD[start : start + size]
+      d_ND = np.pad(d_ND, ((0, size - len(d_ND)), (0, 0)))
+      rows = program(self._params, self._devices.spread(d_ND)).rows
+      blocks.append(self._devices.fetch(rows))
+    joined = jax.tree.map(
+      lambda *b: np.concatenate(b)[: len(W_dec_FD)], *blocks
+    )
     return {
-      name: (clean.sums, self._zero[site], spliced[name].sums)
-      for name, (_, site, _) in saes.items()
+      f'logit_{end}_{name}': value
+      for end, pair in joined.items()
+      for name, value in zip(('values', 'ids'), pair, strict=True)
     }
 
-  def _batches(self) -> Iterator[tuple[Any, Any]]:
-    for ids_BL, mask_BL in zip(self._ids, self._mask, strict=True):
-      yield self._devices.spread(ids_BL), self._devices.spread(mask_BL)
+  def _find_means(self, sites):
+    """Means of the sites' activations over all that counts."""
+    if not sites:
+      return
+    for policy in self._policies:
+      sums = {
+        s: np.zeros(self._lm.module.config.site_widths()[s]) for s in sites
+      }
+      for batch, ids in self._batches():
+        mask = self._devices.spread(policy.masks[batch])
+        program = self._compiled(passes.mean_pass, sites)
+        for site, sum_D in program(self._params, ids, mask).sums.items():
+          sums[site] += np.asarray(jax.device_get(sum_D), np.float64)
+      for site, sum_PD in self._processes.gather(sums).items():
+        mean_D = sum_PD.sum(0) / policy.mask_CL.sum()
+        policy.means[site] = mean_D.astype(np.float32)
+
+  def _batches(self) -> Iterator[tuple[int, Any]]:
+    """Number and token ids of each of this process's batches."""
+    batches = self._policies[0].batches
+    for i in range(self._processes.index, len(batches), self._processes.count):
+      yield i, self._devices.spread(batches[i])
+
+
+class _Run:
+  """One pass over the contexts with some SAEs and one policy."""
+
+  def __init__(self, evaluator, policy, saes, params, new, top_contexts):
+    self._of = evaluator
+    self._policy = policy
+    self._saes = saes
+    self._params = params
+    devices = evaluator._devices
+    # An ablation does not depend on the SAE: once per site is enough.
+    self._new = {site: policy.nothing(metrics.OF_SITE) for site in new}
+    self._means = {s: devices.everywhere(policy.means[s]) for s in new}
+    self._sums = {name: policy.nothing(metrics.OF_SAE) for name in saes}
+    features = {name: p['W_dec'].shape[0] for name, (_, _, p) in saes.items()}
+    names = ('fired', 'activation') if top_contexts else ('fired',)
+    self._features = {
+      name: {k: np.zeros(F) for k in names} for name, F in features.items()
+    }
+    self._top = None
+    if top_contexts:
+      self._top = {
+        name: devices.everywhere(empty_top(F, top_contexts))
+        for name, F in features.items()
+      }
+    self._pending = None
+
+  def launch(self, batch, ids, hidden, taken):
+    """Starts a batch's programs, and then takes in what the one before gave."""
+    of, devices = self._of, self._of._devices
+    mask = devices.spread(self._policy.masks[batch])
+    rows, sums, others = {}, {}, []
+    for site, mean in self._means.items():
+      program = of._compiled(passes.ablated_pass, site)
+      out = program(of._params, ids, mask, taken, mean)
+      rows[site] = out.rows
+      others += out.kept
+    for name, (module, site, _) in self._saes.items():
+      program = of._compiled(passes.spliced_pass, module, site)
+      heap = None
+      if self._top is not None:
+        size = len(self._policy.masks[batch])
+        numbers = batch * size + np.arange(size, dtype=np.int32)
+        heap = self._top[name], devices.spread(numbers)
+      out = program(of._params, ids, mask, taken, self._params[name], heap)
+      rows[name], sums[name] = out.rows, out.sums
+      state, heap = out.kept
+      others.append(state)
+      if heap is not None:
+        self._top[name] = heap
+    compare = of._compiled(passes.comparison, devices.parts_in_sight)
+    losses = compare(of._params, ids, mask, hidden, tuple(others)).rows
+    self._take()
+    self._pending = batch, rows, sums, losses
+
+  def _take(self):
+    """Adds up a batch that was started one batch ago: the device is not idle."""
+    if self._pending is None:
+      return
+    batch, rows, sums, losses = self._pending
+    rows, losses = self._of._devices.fetch((rows, losses))
+    ce, kl = (np.moveaxis(losses[k], -1, 0) for k in ('ce', 'kl'))
+    add = functools.partial(self._policy.add, batch=batch)
+    for i, (site, totals) in enumerate(self._new.items()):
+      values = rows[site] | {'ce_clean': losses['clean']}
+      for j, name in enumerate(('zero', 'mean')):
+        values |= {f'ce_{name}': ce[2 * i + j], f'kl_{name}': kl[2 * i + j]}
+      add(totals, values=values)
+    first = 2 * len(self._new)
+    for i, (name, totals) in enumerate(self._sums.items(), first):
+      own = {'ce_spliced': ce[i], 'kl_spliced': kl[i]}
+      add(totals, values=rows[name] | own)
+      for k, value_F in jax.device_get(sums[name]).items():
+        self._features[name][k] += value_F
+    self._pending = None
+
+  def finish(self) -> dict[str, Measured]:
+    self._take()
+    of = self._of
+    gathered = of._processes.gather((self._new, self._sums, self._features))
+    new, sums, features = jax.tree.map(lambda v: v.sum(0), gathered)
+    counted = self._policy.counted()
+    for site, totals in new.items():
+      self._policy.sites[site] = totals | counted
+    tops = dict.fromkeys(self._saes)
+    for name in self._top or ():
+      own = merged_tops(of._devices.each(self._top[name]))
+      of_all = of._processes.gather(own)
+      tops[name] = merged_tops(
+        [Top(*(v[p] for v in of_all)) for p in range(of._processes.count)]
+      )
+    return {
+      name: Measured(
+        self._policy.sites[site] | sums[name],
+        features[name]['fired'],
+        features[name].get('activation'),
+        tops[name],
+      )
+      for name, (_, site, _) in self._saes.items()
+    }

@@ -103,6 +103,20 @@ class TransformerConfig:
       f'and a layer, such as {kinds[-1]}.0'
     )
 
+  def cut(self, site: str) -> tuple[str, ...]:
+    """Values that with that at `site` decide all that comes behind it.
+
+    Edits that put them back spare a pass what lies in front of the site: jit
+    prunes it. (Attention in front of an MLP of the same block, and an MLP beside
+    the attention in parallel blocks, is run again where it must be.)
+    """
+    kind, _, layer = site.rpartition('.')
+    if kind in ('mlp_hidden', 'mlp_out'):
+      return (f'resid_mid.{layer}',)
+    if kind == 'attn_pre_linear' and int(layer) > 0:
+      return (f'resid_post.{int(layer) - 1}',)
+    return ()
+
   def blocks_for(self, sites: tuple[str, ...]) -> int:
     """How many blocks must run until all of `sites` are known."""
     return max((int(s.rpartition('.')[2]) + 1 for s in sites), default=0)

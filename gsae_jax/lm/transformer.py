@@ -130,7 +130,8 @@ class Block(nn.Module):
 
   `tap` is called with every site's kind and value, and returns what to go on
   with. What a norm behind the MLP makes of its output is `mlp_out`: the sites of
-  a residual stream's summands are the summands.
+  a residual stream's summands are the summands. `resid_mid` is no site of SAEs; it
+  is where a pass can start again (`TransformerConfig.cut`).
   """
 
   config: TransformerConfig
@@ -149,7 +150,7 @@ class Block(nn.Module):
     attended = attention(norm('ln1')(x_BLD))
     if c.post_norms:
       attended = norm('ln1_post')(attended)
-    middle_BLD = x_BLD + attended
+    middle_BLD = self.tap('resid_mid', x_BLD + attended)
     h_BLD = mlp(norm('ln2')(x_BLD if c.parallel else middle_BLD))
     if c.post_norms:
       h_BLD = norm('ln2_post')(h_BLD)

@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 
+from gsae_jax import density
 from gsae_jax.errors import UserError
-from gsae_jax.training import density
 from gsae_jax.training.records import read_metrics
 from gsae_jax.training.tracking import Tracker, _Lines
 

@@ -1,0 +1,69 @@
+"""What each feature of an SAE does, for dashboards.
+
+eval/step_<N>.features/contexts.safetensors   token ids and mask
+eval/step_<N>.features/<member>.safetensors   one row per feature
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from gsae_jax.errors import UserError
+from gsae_jax.evaluation.splice import Measured
+
+
+def folder(workdir: epath.Path, step: int) -> epath.Path:
+  """Where the features of a step are."""
+  return workdir / 'eval' / f'step_{step}.features'
+
+
+def of(
+  measured: Measured, effects: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """The arrays of `read`, of what was measured and what directions do."""
+  fired_F = measured.fired_F
+  top = measured.top
+  return {
+    'density': fired_F / measured.sums['tokens'].sum(),
+    'mean_activation': measured.activation_F / np.maximum(fired_F, 1),
+    'top_activations': top.activations_FK,
+    'top_contexts': top.contexts_FK,
+    'top_positions': top.positions_FK,
+    **effects,
+  }
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+  """A file of `read`."""
+  whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+  return safetensors.numpy.save(whole)
+
+
+def read(
+  workdir: epath.Path, step: int, member: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """The features of a member, and the contexts that they point into.
+
+  Returns:
+    `density` `[F]`, share of tokens that a feature fires on, and
+    `mean_activation` `[F]` where it does; `top_activations`, `top_contexts` and
+    `top_positions` `[F, K]`, the contexts on which it is strongest (-1: none);
+    `logit_top_ids`, `logit_top_values`, `logit_bottom_ids` and
+    `logit_bottom_values` `[F, k]`, the tokens that its direction makes likelier
+    and less likely (`lm.effects`); and of contexts, `ids` and `mask` `[C, L]`.
+
+  Raises:
+    UserError: they were not written.
+  """
+  found = []
+  for name in (member, 'contexts'):
+    path = folder(workdir, step) / f'{name}.safetensors'
+    if not path.exists():
+      raise UserError(
+        f'{path} is not there; set eval.dashboards, delete step_{step}.json '
+        'beside its folder and run gsae_jax.evaluate again'
+      )
+    found.append(safetensors.numpy.load(path.read_bytes()))
+  return tuple(found)
