@@ -11,6 +11,7 @@ again, it goes on, and passes over what is finished. Exits 42 when preempted.
 
 import dataclasses
 import functools
+import html
 import pathlib
 import shlex
 import subprocess
@@ -22,11 +23,13 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from experiments.paper import arms, written
+from experiments.paper import arms, runs, written
 from gsae_jax import config as config_lib
 from gsae_jax import paths, program
 from gsae_jax.activations.store import open_store
 from gsae_jax.errors import PREEMPTED, Preempted, UserError
+from gsae_jax.evaluation import page
+from gsae_jax.evaluation.records import records_path
 from gsae_jax.parsing import plain
 
 PARTS = ('arms', 'ablations', 'shift')
@@ -77,6 +80,16 @@ class Study:
       'shift': arms.of_shift(pair, ablations, str(self.folder('ablations'))),
     }
 
+  @property
+  def title(self) -> str:
+    """The language model and the sites."""
+    name = self.raw.lm.path.rstrip('/').split('/')[-1]
+    return f'{name}, {", ".join(self.pairs)}'
+
+  def results(self, *parts: str) -> runs.Run:
+    """What parts gave, as one, run before if they have to be."""
+    return runs.joined([runs.read(self.run(part)) for part in parts])
+
   def folder(self, part: str) -> epath.Path:
     return self.workdir / part
 
@@ -97,17 +110,21 @@ class Study:
     """
     if part == 'shift':
       self.run('ablations')
-    c = self.config(part)
-    config = config_lib.parse(c)
-    path = self.folder(part) / 'config.json'
+    folder, c = self.folder(part), self.config(part)
+    path, finished = folder / 'config.json', folder / 'finished.json'
+    text, config = written.text(c), config_lib.parse(c)
     _check(path, config)
-    if not _is_done(self.folder(part), config):
-      paths.write_whole(path, written.text(c))
+    last = records_path(folder, config.train.steps)
+    if not (
+      last.exists() and finished.exists() and finished.read_text() == text
+    ):
+      paths.write_whole(path, text)
       self._harvest(path)
-      own = [f'--workdir={self.folder(part)}']
-      self._command('train', path, *self._store_flag(), *own)
-      self._command('evaluate', path, *own)
-    return self.folder(part)
+      own = [f'--workdir={folder}']
+      self.command('gsae_jax.train', path, *self._store_flag(), *own)
+      self.command('gsae_jax.evaluate', path, *own)
+      paths.write_whole(finished, text)
+    return folder
 
   def _store_flag(self) -> list[str]:
     return [f'--store={self.store}'] if self.store else []
@@ -118,11 +135,18 @@ class Study:
     try:
       open_store(self.store)
     except UserError:  # Missing or unfinished; what else it is, harvest says.
-      self._command('harvest', config, *self._store_flag())
+      self.command('gsae_jax.harvest', config, *self._store_flag())
 
-  def _command(self, name: str, config: epath.Path, *given: str) -> None:
+  def command(self, module: str, config: epath.Path, *given: str) -> None:
+    """Runs a command on a written config, to its end.
+
+    Raises:
+      Preempted: it was, or this process.
+      UserError: it was killed.
+      SystemExit: it failed, and said why.
+    """
     file = pathlib.Path(written.__file__)
-    command = [sys.executable, '-m', f'gsae_jax.{name}']
+    command = [sys.executable, '-m', module]
     command += [f'--config={file}:{config}', *given]
     print('+', shlex.join(command), flush=True)
     # In a group of its own: a signal of the terminal comes once, from here.
@@ -140,9 +164,9 @@ class Study:
       raise Preempted
     if code < 0:
       raise UserError(
-        f'gsae_jax.{name} was ended by signal {-code}; the same command goes on'
+        f'{module} was ended by signal {-code}; the same command goes on'
       )
-    if code:  # It has said why.
+    if code:
       raise SystemExit(code)
 
 
@@ -178,21 +202,6 @@ def _flat(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield from _flat(value, f'{prefix}.{name}' if prefix else name)
   else:
     yield prefix, tree
-
-
-def _is_done(workdir: epath.Path, config: config_lib.Config) -> bool:
-  """Whether every checkpoint to the last has been evaluated on `eval.tokens`."""
-  from gsae_jax.evaluation.records import read_records, records_path
-
-  folder = workdir / 'checkpoints'
-  if not folder.exists():
-    return False
-  steps = {int(p.name) for p in folder.iterdir() if p.name.isdigit()}
-  return config.train.steps in steps and all(
-    (path := records_path(workdir, step)).exists()
-    and read_records(path)[0]['num_tokens'] == config.eval.tokens
-    for step in steps
-  )
 
 
 def define_flags() -> Callable[[], Study]:
@@ -251,6 +260,24 @@ def run(main: Callable[[Study], None]) -> None:
   """Runs a command of this folder, which takes the study that flags describe."""
   read = define_flags()
   program.run(lambda: main(read()))
+
+
+def draw(name: str, make: Callable[[Study], str]) -> None:
+  """Runs a command that writes one figure, NAME.html in the workdir.
+
+  Args:
+    name: of the file, and its title.
+    make: its HTML.
+  """
+
+  def main(study: Study) -> None:
+    path = study.workdir / f'{name}.html'
+    title = f'{name}: {study.title}'
+    text = page.document(title, f'<h1>{html.escape(title)}</h1>{make(study)}')
+    paths.write_whole(path, text)
+    print(path)
+
+  run(main)
 
 
 def _everything(study: Study) -> None:

@@ -62,19 +62,32 @@ def of_frontiers(
   return drawn
 
 
-def by_kind(records: list[Record], key: str) -> list[figures.Series]:
-  return [
-    figures.Series(
-      label_of(name),
-      style,
-      [
-        (r['l0'], r[key], hover(r))
-        for r in pareto.ordered(records)
-        if pareto.kind(r) == name and r[key] is not None
-      ],
-    )
-    for name, style in kinds(records).items()
-  ]
+def by_kind(
+  records: Sequence[Record], key: str, x: str = 'l0'
+) -> list[figures.Series]:
+  """A metric of every SAE, those of one kind and seed joined.
+
+  Args:
+    records: of one site.
+    key: the metric.
+    x: what it is drawn against.
+  """
+  drawn = []
+  for name, style in kinds(records).items():
+    own = [r for r in records if pareto.kind(r) == name and r[key] is not None]
+    for seed in sorted({r['seed'] for r in own}):
+      of_seed = [r for r in own if r['seed'] == seed]
+      drawn.append(
+        figures.Series(
+          label_of(name),
+          style,
+          [
+            (r[x], r[key], hover(r))
+            for r in sorted(of_seed, key=lambda r: r[x])
+          ],
+        )
+      )
+  return drawn
 
 
 def of_history(history: Sequence[pareto.Seen]) -> figures.Series:
