@@ -50,6 +50,7 @@ class Study:
     ablation_site: where variants are trained.
     ablation_coefficients: how many of the coefficients those have.
     preempted: noted signals.
+    overlay: rows of the paper to draw, see pareto.py.
   """
 
   raw: ml_collections.ConfigDict
@@ -61,6 +62,7 @@ class Study:
   ablation_site: str
   ablation_coefficients: int
   preempted: Callable[[], bool] = bool
+  overlay: str | None = None
 
   @functools.cached_property
   def pairs(self) -> dict[str, tuple[arms.Arm, arms.Arm]]:
@@ -226,6 +228,9 @@ def define_flags() -> Callable[[], Study]:
     'L1 coefficients of each variant.',
     lower_bound=2,
   )
+  overlay = flags.DEFINE_string(
+    'overlay', None, "The paper's rows in pareto.py's figures, as MODEL:SITE."
+  )
   flags.mark_flags_as_required(['config', 'workdir'])
 
   def read() -> Study:
@@ -251,6 +256,7 @@ def define_flags() -> Callable[[], Study]:
       chosen,
       few.value,
       program.Preemption().__bool__,
+      overlay.value,
     )
 
   return read
