@@ -7,7 +7,6 @@ beside ours at sites of the same kind.
 """
 
 import dataclasses
-import html
 import math
 from collections.abc import Sequence
 
@@ -20,9 +19,9 @@ from gsae_jax.evaluation.pareto import Record
 
 _COLUMNS = (
   'site',
-  'L0 of Gated over baseline at equal loss recovered',
-  'share of levels where Gated needs less',
-  'loss recovered, Gated less baseline, at equal L0',
+  'L0 ratio at equal loss recovered',
+  'share of it below 1',
+  'gain in loss recovered at equal L0',
 )
 
 
@@ -84,12 +83,12 @@ def fragment(arms: Run, overlay: Sequence[Record] = ()) -> str:
   for site, comparison in found.items():
     records = arms.at(site, 'gated', 'relu')
     beside = [r for r in overlay if _kind(r['site']) == _kind(site)]
-    parts.append(f'<h3>{html.escape(site)}</h3>')
     parts.append(_figures(site, records, beside, arms, comparison))
   return fragments.section(
     'Loss recovered against L0 (Figures 1, 5, 12, 13)',
     'Every SAE of every seed, each arm’s frontier, and where that lies in 95 % of '
-    'resamplings of documents and seeds.',
+    'resamplings of documents and seeds. Ratios and gains are of Gated against '
+    'the baseline, with 95 % intervals.',
     *parts,
   )
 

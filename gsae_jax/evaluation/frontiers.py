@@ -256,28 +256,29 @@ def compare(
     ]
   ).reshape(-1, levels)
   estimates = [
-    _estimate(np.exp(value), np.exp(drawn))
+    estimate(np.exp(value), np.exp(drawn))
     for value, drawn in zip(
       a.point.l0_at(at) - b.point.l0_at(at), ratio_RK.T, strict=True
     )
   ]
-  found = _estimate(np.exp(ratio), np.exp(ratio_R))
+  found = estimate(np.exp(ratio), np.exp(ratio_R))
   # All of the range, whatever is drawn, is a share that is sure.
   known = share_R[np.isfinite(share_R)]
   if found.interval and np.ptp(known) == 0:
     part = Estimate(float(share), [float(known[0])] * 2)
   else:
-    part = _estimate(share, share_R)
+    part = estimate(share, share_R)
   return Comparison(
     found,
     part,
-    None if np.isnan(gap) else _estimate(gap, gap_R),
+    None if np.isnan(gap) else estimate(gap, gap_R),
     at,
     tuple(estimates),
   )
 
 
-def _estimate(value: float, drawn_R: np.ndarray) -> Estimate:
+def estimate(value: float, drawn_R: np.ndarray) -> Estimate:
+  """A number, and its interval from what it was in each of R resamplings."""
   if not len(drawn_R):
     return Estimate(float(value), None)
   return Estimate(float(value), bootstrap.interval(drawn_R))
