@@ -24,7 +24,7 @@ from jax.experimental import topologies  # noqa: E402
 
 from gsae_jax.activations.forward import make_forward  # noqa: E402
 from gsae_jax.evaluation import passes  # noqa: E402
-from gsae_jax.evaluation.splice import Devices  # noqa: E402
+from gsae_jax.evaluation.devices import Devices  # noqa: E402
 from gsae_jax.lm.families import FAMILIES  # noqa: E402
 from gsae_jax.lm.layouts import Layout, make_layout  # noqa: E402
 from gsae_jax.lm.transformer import Transformer  # noqa: E402
@@ -129,14 +129,20 @@ def compile_case(case: Case):
       for name, s in shapes.items()
     }
     fn = functools.partial(passes.spliced_pass, module, sae, case.sites[0])
-    run = devices.compile(fn, sums=True, kept=True)
-    x = abstract((*shape, width), jnp.bfloat16, layout.contexts)
-    lowered = run.lower(params(None), ids, mask, x, sae_params)
+    taken = {
+      name: abstract((*shape, size), jnp.bfloat16, layout.contexts)
+      for name, size in (
+        (case.sites[0], width),
+        *((cut, config.width) for cut in config.cut(case.sites[0])),
+      )
+    }
+    lowered = devices.compile(fn).lower(
+      params(None), ids, mask, taken, sae_params, None
+    )
   else:
     fn = functools.partial(passes.comparison, module, layout.parts)
-    run = devices.compile(fn, sums=True, kept=False)
     others = (hidden,) * case.saes
-    lowered = run.lower(params(None), ids, mask, hidden, others)
+    lowered = devices.compile(fn).lower(params(None), ids, mask, hidden, others)
   return lowered.compile()
 
 

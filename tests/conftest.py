@@ -41,8 +41,8 @@ def layout_of(lm, kind='replicated', *, model=1, devices=None):
   return make_layout(kind, lm.module.config, lm.bytes, devices, model)
 
 
-def held_out_contexts(lm, *, documents, rows, **changes):
-  """Contexts of the first held-out documents of the standard library."""
+def held_out_contexts(lm, *, documents, rows, characters=None, **changes):
+  """Contexts of the beginnings of held-out documents of the standard library."""
   settings = {
     'context_length': 32,
     'packing': 'stream',
@@ -51,7 +51,10 @@ def held_out_contexts(lm, *, documents, rows, **changes):
   }
   texts = text.split(text.read_documents('stdlib', None), 0.1, 'held_out')
   return text.pack(
-    texts[:documents], lm.tokenizer, rows=rows, **settings | changes
+    [t[:characters] for t in texts[:documents]],
+    lm.tokenizer,
+    rows=rows,
+    **settings | changes,
   )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gsae_jax.errors import UserError
-from gsae_jax.evaluation import metrics, passes, splice
+from gsae_jax.evaluation import devices as devices_lib
+from gsae_jax.evaluation import metrics, passes
 from gsae_jax.evaluation.splice import Evaluator
 from gsae_jax.sae import ARCHITECTURES
 from tests.conftest import held_out_contexts, layout_of
@@ -20,13 +21,13 @@ TOKENS = 700
 @pytest.fixture(scope='module')
 def contexts(embedded):
   return held_out_contexts(
-    embedded, documents=20, rows=TOKENS, context_length=LENGTH
+    embedded, documents=20, characters=300, rows=TOKENS, context_length=LENGTH
   )
 
 
 @pytest.fixture(scope='module')
 def saes():
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(1)
   found = {}
   for name in ('gated', 'relu'):
     module = ARCHITECTURES[name](WIDTH, FEATURES)
@@ -48,7 +49,10 @@ def evaluate(embedded, contexts, saes, layout=('replicated', 1), **changes):
     'layout': layout_of(embedded, kind, model=model),
   }
   evaluator = Evaluator(embedded, contexts, **values | changes)
-  return {k: metrics.record(*s) for k, s in evaluator.run(saes).items()}
+  return {
+    k: metrics.record(first.sums, first.fired_F)
+    for k, (first, *_) in evaluator.run(saes).items()
+  }
 
 
 def softmax_losses(logits, ids):
@@ -58,17 +62,14 @@ def softmax_losses(logits, ids):
   return -picked, log_p
 
 
-def expected(embedded, contexts, sae, p):
-  """The record by definition; only the language model itself is float32."""
-  ids = contexts.ids_CL
-  # TOKENS positions count, in order; the rest are as if masked.
-  mask = contexts.mask_CL & (
-    np.cumsum(contexts.mask_CL).reshape(ids.shape) <= TOKENS
-  )
-  run = lambda **k: embedded.module.apply({'params': embedded.params}, ids, **k)
-  logits, taken = run(sites=(SITE,))
-  x = np.asarray(taken[SITE], np.float64)
-  p = {k: v.astype(np.float64) for k, v in p.items()}
+def counted_mask(contexts):
+  """TOKENS positions count, in order; the rest are as if masked."""
+  rank_CL = np.cumsum(contexts.mask_CL).reshape(contexts.ids_CL.shape)
+  return contexts.mask_CL & (rank_CL <= TOKENS)
+
+
+def encoded(sae, p, x):
+  """Features and reconstructions by definition, in float64."""
   W_enc = p['W_gate'] if sae == 'gated' else p['W_enc']
   z = (x - p['b_dec']) @ W_enc
   if sae == 'gated':
@@ -76,50 +77,95 @@ def expected(embedded, contexts, sae, p):
     f = (z + p['b_gate'] > 0) * magnitude
   else:
     f = np.maximum(z + p['b_enc'], 0)
-  x_hat = f @ p['W_dec'] + p['b_dec']
+  return f, f @ p['W_dec'] + p['b_dec']
+
+
+def expected(embedded, contexts, sae, p, site=SITE, mask=None):
+  """The record by definition; only the language model itself is float32."""
+  ids = contexts.ids_CL
+  mask = counted_mask(contexts) if mask is None else mask
+  run = lambda **k: embedded.module.apply({'params': embedded.params}, ids, **k)
+  logits, taken = run(sites=(site,))
+  x = np.asarray(taken[site], np.float64)
+  p = {k: v.astype(np.float64) for k, v in p.items()}
+  f, x_hat = encoded(sae, p, x)
 
   def losses(new):
     replaced = jnp.asarray(np.where(mask[..., None], new, x), jnp.float32)
-    out, _ = run(edits={SITE: lambda _: replaced})
+    out, _ = run(edits={site: lambda _: replaced})
     return softmax_losses(np.asarray(out, np.float64), ids)
 
   counted = mask[:, :-1]
   clean, log_p = softmax_losses(np.asarray(logits, np.float64), ids)
   spliced, log_q = losses(x_hat)
-  zero, _ = losses(np.zeros_like(x))
+  zero, log_zero = losses(np.zeros_like(x))
+  average, log_average = losses(x[mask].mean(0))
   mean = lambda v: v[counted].mean()
-  kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[:, :-1]
+  kl = lambda q: mean((np.exp(log_p) * (log_p - q)).sum(-1)[:, :-1])
+  recovered = 1 - (mean(spliced) - mean(clean)) / (mean(zero) - mean(clean))
   x, x_hat, f = x[mask], x_hat[mask], f[mask]
+  fired = (f > 0).sum(0)
   error = ((x - x_hat) ** 2).sum(1).mean()
   dot = (x * x_hat).sum(1)
   norms = np.linalg.norm(x, axis=1) * np.linalg.norm(x_hat, axis=1)
   return {
     'l0': (f > 0).sum(1).mean(),
-    'loss_recovered': 1
-    - (mean(spliced) - mean(clean)) / (mean(zero) - mean(clean)),
+    'loss_recovered': recovered,
+    'loss_recovered_mean_ablation': 1
+    - (mean(spliced) - mean(clean)) / (mean(average) - mean(clean)),
+    'log_loss_unrecovered': np.log(1 - recovered),
     'ce_clean': mean(clean),
     'ce_spliced': mean(spliced),
     'ce_zero_ablation': mean(zero),
-    'kl_clean_spliced': mean(kl),
+    'ce_mean_ablation': mean(average),
+    'kl_clean_spliced': kl(log_q),
+    'kl_zero_ablation': kl(log_zero),
+    'kl_mean_ablation': kl(log_average),
     'gamma': (x_hat**2).sum() / dot.sum(),
     'explained_variance': 1 - error / ((x - x.mean(0)) ** 2).sum(1).mean(),
     'mse': error,
     'cosine': (dot / norms).mean(),
-    'alive_fraction': (f > 0).any(0).mean(),
-    'num_tokens': TOKENS,
+    'alive_fraction': (fired > 0).mean(),
+    'dead_features': (fired == 0).sum(),
+    'dense_features': (fired > 0.1 * mask.sum()).sum(),
+    'num_tokens': mask.sum(),
+    'num_documents': len(set(contexts.documents_CL[mask])),
   }
 
 
+def assert_equal(got, want, **kwargs):
+  """Of what `expected` gives, to a relative 1e-5."""
+  for name, value in want.items():
+    np.testing.assert_allclose(
+      got[name], value, err_msg=name, **{'rtol': 1e-5} | kwargs
+    )
+
+
+def flat(record):
+  """What can be compared as numbers."""
+  record = dict(record)
+  intervals = record.pop('intervals')
+  assert intervals['loss_recovered'][0] < record['loss_recovered']
+  assert intervals['loss_recovered'][1] > record['loss_recovered']
+  density = record.pop('density')['features']
+  return (
+    record | {'density': density} | {f'{k}_': v for k, v in intervals.items()}
+  )
+
+
 @pytest.mark.parametrize('sae', ['gated', 'relu'])
-def test_every_metric_equals_its_definition(sae, embedded, contexts, saes):
-  got = evaluate(embedded, contexts, saes)[sae]
-  want = expected(embedded, contexts, sae, saes[sae][2])
-  assert set(got) == set(want)
-  for name in want:
-    # A gate in 50,000 may fall the other way in float32.
-    rtol = 1e-4 if name == 'l0' else 2e-5
-    np.testing.assert_allclose(got[name], want[name], rtol=rtol, err_msg=name)
+@pytest.mark.parametrize('site', ['mlp_out.0', 'attn_pre_linear.0'])
+def test_every_metric_equals_its_definition(
+  sae, site, embedded, contexts, saes
+):
+  module, _, p = saes[sae]
+  got = evaluate(embedded, contexts, {'it': (module, site, p)})['it']
+  want = expected(embedded, contexts, sae, p, site)
+  assert set(got) == set(want) | {'density', 'intervals'}
+  assert_equal(got, want)
   assert 0.05 < want['alive_fraction'] <= 1 and want['l0'] > 1
+  assert want['num_documents'] > 2
+  assert sum(got['density']['features']) == FEATURES - want['dead_features']
 
 
 @pytest.mark.parametrize(
@@ -138,9 +184,9 @@ def test_every_metric_equals_its_definition(sae, embedded, contexts, saes):
 def test_neither_devices_nor_batches_matter(changes, embedded, contexts, saes):
   want = evaluate(embedded, contexts, saes)
   got = evaluate(embedded, contexts, saes, **changes)
-  for sae in want:
-    for name, value in want[sae].items():
-      np.testing.assert_allclose(got[sae][name], value, rtol=1e-5, err_msg=name)
+  for sae, record in want.items():
+    assert got[sae].keys() == record.keys()
+    assert_equal(flat(got[sae]), flat(record))
 
 
 def test_a_perfect_and_an_empty_reconstruction(embedded, contexts, saes):
@@ -172,24 +218,31 @@ def test_a_perfect_and_an_empty_reconstruction(embedded, contexts, saes):
 
 def test_gamma_of_a_halved_reconstruction_is_a_half():
   # Sam Marks's check of the paper's first version: x = 1, x_hat = 1/2.
-  spliced = {
-    'ce': 3.0, 'kl': 0.0, 'l0': 2.0, 'error': 0.5, 'x_squared': 2.0,
-    'x_hat_squared': 0.5, 'dot': 1.0, 'cosine': 2.0, 'tokens': 2.0,
-    'x': np.array([0.0]), 'fired': np.array([2.0, 0.0]),
+  sums = {
+    'predictions': 2.0, 'tokens': 2.0, 'variance': 2.0, 'ce_clean': 2.0,
+    'ce_zero': 6.0, 'kl_zero': 8.0, 'ce_mean': 4.0, 'kl_mean': 4.0,
+    'ce_spliced': 3.0, 'kl_spliced': 1.0, 'l0': 2.0, 'error': 0.5,
+    'x_hat_squared': 0.5, 'dot': 1.0, 'cosine': 2.0,
   }  # fmt: skip
-  spliced = {k: np.asarray(v) for k, v in spliced.items()}
-  clean = {'ce': np.asarray(2.0), 'predictions': np.asarray(2.0)}
-  record = metrics.record(clean, {'ce': np.asarray(6.0)}, spliced)
+  assert set(sums) == {*metrics.OF_SITE, *metrics.OF_SAE}
+  sums = {k: np.array([v]) for k, v in sums.items()}
+  record = metrics.record(sums, np.array([2.0, 0.0]))
   assert record['gamma'] == 0.5
   assert record['loss_recovered'] == 0.75
+  assert record['loss_recovered_mean_ablation'] == 0.5
+  assert record['log_loss_unrecovered'] == np.log(0.25)
+  assert record['kl_clean_spliced'] == 0.5 and record['kl_zero_ablation'] == 4
   assert record['explained_variance'] == 0.75
   assert record['alive_fraction'] == 0.5 and record['num_tokens'] == 2
+  assert record['dead_features'] == 1 and record['dense_features'] == 1
+  # One document says nothing of how documents differ.
+  assert set(record['intervals'].values()) == {None}
 
 
 def test_saes_go_in_groups_that_fit(embedded, contexts, saes, monkeypatch):
   layout = layout_of(embedded, 'tensor', model=4)
   want = evaluate(embedded, contexts, saes, parallel='mesh')
-  devices = splice.Devices('mesh', layout)
+  devices = devices_lib.Devices('mesh', layout)
   size = sum(devices._bytes(k, v) for k, v in saes['gated'][2].items())
   # Features are divided by four, b_dec is everywhere.
   assert size == 4 * (2 * WIDTH * FEATURES // 4 + 3 * FEATURES // 4 + WIDTH)
@@ -198,7 +251,7 @@ def test_saes_go_in_groups_that_fit(embedded, contexts, saes, monkeypatch):
 
   class Small:
     def memory_stats(self):
-      return {'bytes_limit': 2.5 * size / splice._SHARE}
+      return {'bytes_limit': 2.5 * size / devices_lib._SHARE}
 
   mesh = type('Mesh', (), {'local_devices': [Small()], 'shape': {'model': 4}})
   monkeypatch.setattr(devices, 'layout', type('L', (), {'mesh': mesh})())
@@ -210,20 +263,21 @@ def test_saes_go_in_groups_that_fit(embedded, contexts, saes, monkeypatch):
   ]
   # The clean pass is made again for each, and gives the same.
   monkeypatch.setattr(
-    splice.Devices, 'groups', lambda self, s: [{k: v} for k, v in s.items()]
+    devices_lib.Devices,
+    'groups',
+    lambda self, s: [{k: v} for k, v in s.items()],
   )
   got = evaluate(embedded, contexts, saes, parallel='mesh')
   for name, record in want.items():
-    for field, value in record.items():
-      np.testing.assert_allclose(got[name][field], value, rtol=1e-6)
+    assert_equal(flat(got[name]), flat(record), rtol=1e-6)
 
 
 def test_pmap_wants_whole_models(embedded):
   with pytest.raises(
     UserError, match="eval.parallel: with 'pmap' every device"
   ):
-    splice.Devices('pmap', layout_of(embedded, 'fully_sharded'))
-  assert splice.Devices('auto', layout_of(embedded)).parallel == 'pmap'
+    devices_lib.Devices('pmap', layout_of(embedded, 'fully_sharded'))
+  assert devices_lib.Devices('auto', layout_of(embedded)).pmapped
 
 
 def test_logits_are_compared_a_few_positions_at_a_time(
@@ -231,18 +285,17 @@ def test_logits_are_compared_a_few_positions_at_a_time(
 ):
   want = evaluate(embedded, contexts, saes)
   # One position of two contexts a device; nothing else is left.
-  monkeypatch.setattr(passes, '_LOGITS', 2 * 2048)
+  monkeypatch.setattr(passes, 'LOGITS', 2 * 2048)
   got = evaluate(embedded, contexts, saes)
   for name, record in want.items():
-    for field, value in record.items():
-      np.testing.assert_allclose(got[name][field], value, rtol=1e-5)
+    assert_equal(flat(got[name]), flat(record))
   shape = (8, LENGTH)
   ids = jax.ShapeDtypeStruct(shape, np.int32)
   mask = jax.ShapeDtypeStruct(shape, np.bool_)
   hidden = jax.ShapeDtypeStruct((*shape, WIDTH), np.float32)
 
   def temporary(limit):
-    monkeypatch.setattr(passes, '_LOGITS', limit)
+    monkeypatch.setattr(passes, 'LOGITS', limit)
     fn = functools.partial(passes.comparison, embedded.module, 1)
     lowered = jax.jit(fn).lower(
       embedded.params, ids, mask, hidden, (hidden,) * 3
