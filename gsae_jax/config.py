@@ -19,7 +19,7 @@ from gsae_jax.config_inputs import (
 )
 from gsae_jax.errors import UserError
 from gsae_jax.parsing import parse_dataclass, plain
-from gsae_jax.sae import ARCHITECTURES, VARIANTS, has
+from gsae_jax.sae import ARCHITECTURES, TRAINED, VARIANTS, has
 from gsae_jax.sae.gated import ENCODERS
 from gsae_jax.sae.layers import PRECISIONS, SPARSITIES
 
@@ -51,9 +51,13 @@ class MemberConfig:
   baseline_member: str | None = None
 
   def __post_init__(self):
-    checks.choice(
-      'saes[].architecture', self.architecture, tuple(ARCHITECTURES)
-    )
+    if self.architecture in set(ARCHITECTURES) - set(TRAINED):
+      raise UserError(
+        f'config field saes[].architecture: {self.architecture!r} is not '
+        f"trained (member {self.name!r}); train 'gated', and make it of what "
+        f'gsae_jax.load gives, by to_{self.architecture}()'
+      )
+    checks.choice('saes[].architecture', self.architecture, TRAINED)
     checks.choice('saes[].encoder', self.encoder, ENCODERS)
     checks.choice('saes[].sparsity', self.sparsity, SPARSITIES)
     if self.loss_scale is not None:

@@ -12,7 +12,7 @@ from etils import epath
 
 from gsae_jax import paths
 from gsae_jax.errors import UserError
-from gsae_jax.sae import make_module
+from gsae_jax.sae import jumprelu, make_module
 from gsae_jax.training.checkpoints import SCHEMA, Checkpoints
 
 
@@ -65,6 +65,37 @@ class SAE:
         f'the last axis has {value.shape[-1]} entries, and this SAE has '
         f'{size}={self.config[size]}'
       )
+
+  def to_jumprelu(self) -> 'SAE':
+    """The same SAE as a `gsae_jax.sae.jumprelu.JumpReluSAE` (Appendix E).
+
+    Raises:
+      UserError: its encoder is untied, which has no such form.
+    """
+    try:
+      params = jumprelu.parameters(self.config['architecture'], self.params)
+    except UserError as e:
+      raise UserError(f'SAE {self.config["name"]!r}: {e}') from e
+    return SAE(
+      {k: jnp.asarray(v) for k, v in params.items()},
+      self.config | {'architecture': 'jumprelu'},
+      self.metadata,
+    )
+
+  def jumprelu_gap(self, x: jax.Array) -> dict[str, float]:
+    """How far the JumpReLU form is from this SAE, on activations `[..., width]`.
+
+    Returns:
+      `gates`, how many entries of `f` are 0 in one and not in the other, of
+      `entries`; and `largest`, the largest difference of two entries. Rounding
+      alone makes them, so a gate differs where its input is 0 but for rounding.
+    """
+    ours, theirs = self.encode(x), self.to_jumprelu().encode(x)
+    return {
+      'gates': int(jnp.sum((ours > 0) != (theirs > 0))),
+      'entries': ours.size,
+      'largest': float(jnp.max(jnp.abs(ours - theirs))),
+    }
 
   def save(self, folder: str) -> None:
     """Writes `sae.safetensors` and `sae.json`, which `load` reads."""

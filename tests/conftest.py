@@ -74,6 +74,14 @@ def rng():
   return np.random.default_rng(0)
 
 
+@pytest.fixture
+def x64():
+  """Float64 stays what it is."""
+  jax.config.update('jax_enable_x64', True)
+  yield
+  jax.config.update('jax_enable_x64', False)
+
+
 @pytest.fixture(scope='session')
 def smoke(tmp_path_factory):
   """The four commands, run once; a store and a workdir."""

@@ -96,6 +96,8 @@ def sae(**changes):
     (sae(encoder='twice'), "encoder: 'twice' is not one of 'tied', 'untied'"),
     (sae(sparsity='l0'), "sparsity: 'l0' is not one of 'l1', 'decoder_norm_l1'"),
     (sae(loss_scale='max'), "loss_scale: 'max' is not one of 'sum', 'mean'"),
+    (sae(architecture='jumprelu'),
+     "architecture: 'jumprelu' is not trained .*; train 'gated', and make it"),
     (sae(architecture='relu', encoder='untied'),
      "encoder: 'untied' is not for architecture 'relu'"),
     (sae(architecture='relu', freeze_aux_decoder=False),

@@ -2,11 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import gsae_jax
+from gsae_jax import restore
+from gsae_jax.errors import UserError
 from gsae_jax.mesh import make_mesh
+from gsae_jax.sae import VARIANTS, make_module
 from tests.training.conftest import member, settings, write_store
 from tests.training.test_checkpoints import train
 
@@ -103,6 +107,59 @@ def test_exported_folder_is_the_same_sae(run, tmp_path):
     ValueError, match='has schema 7, and this version reads 3'
   ):
     gsae_jax.load(str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('name', ['g', 'r'])
+def test_jumprelu_form_is_the_same_sae(name, run, tmp_path):
+  workdir, x, _ = run
+  sae = gsae_jax.load(str(workdir), member=name)
+  x = x + np.float32(0.1)
+  jumped = sae.to_jumprelu()
+  assert jumped.config == sae.config | {'architecture': 'jumprelu'}
+  assert jumped.metadata == sae.metadata
+  f = np.asarray(sae.encode(x))
+  assert 0.01 < (f > 0).mean() < 0.5
+  np.testing.assert_array_equal(jumped.encode(x) > 0, f > 0)
+  np.testing.assert_allclose(jumped.encode(x), f, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(jumped(x), sae(x), rtol=1e-4, atol=1e-5)
+  gap = sae.jumprelu_gap(x)
+  largest = np.abs(jumped.encode(x) - f).max()
+  assert gap == {'gates': 0, 'entries': f.size, 'largest': largest}
+  # It is an SAE like any other.
+  jumped.save(str(tmp_path / 'out'))
+  again = gsae_jax.load(str(tmp_path / 'out'))
+  assert repr(again).startswith(f"SAE({name!r}, architecture='jumprelu'")
+  np.testing.assert_array_equal(again.encode(x), jumped.encode(x))
+  assert again.jumprelu_gap(x)['largest'] == 0
+
+
+def test_jumprelu_gap_tells(run):
+  workdir, x, _ = run
+  sae = gsae_jax.load(str(workdir), member='g')
+  f = np.asarray(sae.encode(x))
+  # Another SAE, of which the first feature never fires.
+  other = sae.to_jumprelu()
+  other.params['threshold'] = other.params['threshold'].at[0].set(np.inf)
+  sae.to_jumprelu = lambda: other
+  gap = sae.jumprelu_gap(x)
+  assert gap['gates'] == (f[:, 0] > 0).sum() > 0
+  assert gap['largest'] == f[:, 0].max() > 1
+
+
+def test_an_untied_encoder_has_no_jumprelu_form():
+  config = {
+    'name': 'u', 'architecture': 'gated', 'encoder': 'untied', 'width': 4,
+    'features': 8,
+  }  # fmt: skip
+  module = make_module(VARIANTS | config)
+  params = module.init(jax.random.key(0), np.zeros((1, 4)))['params']
+  sae = restore.SAE(params, VARIANTS | config, {'step': 0})
+  for attempt in (sae.to_jumprelu, lambda: sae.jumprelu_gap(np.zeros((1, 4)))):
+    with pytest.raises(
+      UserError, match="SAE 'u': encoder 'untied' has no"
+    ) as e:
+      attempt()
+    assert '\n' not in str(e.value)
 
 
 def test_choices_that_are_not_clear(run, tmp_path):

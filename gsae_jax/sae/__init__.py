@@ -12,13 +12,18 @@ import flax.linen as nn
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax.sae.gated import GatedSAE
+from gsae_jax.sae.jumprelu import JumpReluSAE
 from gsae_jax.sae.relu import ReluSAE, RescaleShiftSAE
 
 ARCHITECTURES = {
   'gated': GatedSAE,
   'relu': ReluSAE,
   'rescale_shift': RescaleShiftSAE,
+  'jumprelu': JumpReluSAE,
 }
+
+# The others are made of trained ones.
+TRAINED = ('gated', 'relu', 'rescale_shift')
 
 # Features are spread over 'model' for every parameter; all else is everywhere.
 SPECS = {
@@ -30,6 +35,7 @@ SPECS = {
   'b_enc': P('model'),
   'b_mag': P('model'),
   'r_mag': P('model'),
+  'threshold': P('model'),
 }
 
 # Choices that not every architecture has, and what the paper does.

@@ -109,23 +109,3 @@ class GatedSAE(layers.Dictionary):
       ),
       'auxiliary': layers.squared_error(x_BD, x_aux_BD),
     }
-
-
-def jumprelu_parameters(
-  params: dict[str, jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The equivalent JumpReLU encoder (paper 3.2.1 and Appendix E).
-
-  `f(x) = 1[p > theta] * ReLU(p)` with `p = x W + b`. A negative threshold never
-  binds, because of the ReLU.
-
-  Args:
-    params: of a tied encoder.
-
-  Returns:
-    `W [D, F]`, `b [F]`, `theta [F]`.
-  """
-  magnitude_F = jnp.exp(params['r_mag'])
-  W_DF = params['W_gate'] * magnitude_F
-  b_F = params['b_mag'] - params['b_dec'] @ W_DF
-  return W_DF, b_F, params['b_mag'] - magnitude_F * params['b_gate']

@@ -1,11 +1,10 @@
-"""The Gated encoder: its values, its JumpReLU form, its edges."""
+"""The Gated encoder: its values, its edges."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from gsae_jax.sae.gated import GatedSAE, jumprelu_parameters
+from gsae_jax.sae.gated import GatedSAE
 
 
 def random_params(rng, D=32, F=128):
@@ -33,26 +32,6 @@ def test_values_of_a_published_example():
   out = GatedSAE(2, 3).apply({'params': params}, jnp.array([[0.3, 0.3]]))
   np.testing.assert_allclose(out['f'][0], [0, 5.4334, 13.0513], atol=1e-4)
   np.testing.assert_allclose(out['x_hat'][0], [18.4848, 18.4848], atol=2e-4)
-
-
-@pytest.fixture
-def x64():
-  jax.config.update('jax_enable_x64', True)
-  yield
-  jax.config.update('jax_enable_x64', False)
-
-
-def test_equals_its_jumprelu_form(rng, x64):
-  p = random_params(rng)
-  params = {k: jnp.asarray(v) for k, v in p.items()}
-  x = jnp.asarray(rng.normal(size=(512, 32)))
-  f = GatedSAE(32, 128).apply({'params': params}, x, method='encode')
-  W, b, theta = jumprelu_parameters(params)
-  pre = x @ W + b
-  jumped = jnp.where(pre > theta, jax.nn.relu(pre), 0)
-  assert float(jnp.min(theta)) < 0 < float(jnp.max(theta))
-  np.testing.assert_array_equal(f > 0, jumped > 0)
-  np.testing.assert_allclose(f, jumped, rtol=1e-12, atol=1e-12)
 
 
 def test_the_gate_is_closed_at_exactly_zero():

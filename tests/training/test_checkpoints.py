@@ -10,7 +10,7 @@ import pytest
 from gsae_jax.errors import Preempted, UserError
 from gsae_jax.mesh import make_mesh
 from gsae_jax.restore import load
-from gsae_jax.sae import ARCHITECTURES, VARIANTS, make_module
+from gsae_jax.sae import TRAINED, VARIANTS, make_module
 from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.groups import make_groups
@@ -215,7 +215,7 @@ def test_saved_weights_take_raw_activations(store, tmp_path):
   np.testing.assert_allclose(np.linalg.norm(p['W_dec'], axis=1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('architecture', TRAINED)
 def test_folding_the_scale_changes_units_and_nothing_else(architecture, rng):
   about = {'architecture': architecture, 'width': 16, 'features': 40}
   module = make_module(VARIANTS | about)
