@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax.sae import VARIANTS, make_module
-from gsae_jax.sae.gated import jumprelu_parameters
 
 # Rows of the batch that is counted: products are all that matters.
 _ROWS = 1024
@@ -45,21 +44,10 @@ def training_flops(module) -> float:
 
 
 def inference_flops(module) -> float:
-  """Of encoding and decoding a row; of a tied Gated SAE, in JumpReLU form."""
-  x_BD = jax.ShapeDtypeStruct((_ROWS, module.width), jnp.float32)
-  shapes = _shapes(module)
+  """Of encoding and decoding a row, as the module does it."""
 
-  def plain(params, x_BD):
+  def reconstruct(params, x_BD):
     return module.apply({'params': params}, x_BD)['x_hat']
 
-  def jumprelu(encoder, decoder, x_BD):
-    W_DF, b_F, theta_F = encoder
-    p_BF = x_BD @ W_DF + b_F
-    f_BF = jnp.where(p_BF > theta_F, jax.nn.relu(p_BF), 0)
-    return f_BF @ decoder['W_dec'] + decoder['b_dec']
-
-  if 'r_mag' not in shapes or 'W_gate' not in shapes:
-    return _flops(plain, shapes, x_BD) / _ROWS
-  # Once for all rows, and so not counted.
-  encoder = jax.eval_shape(jumprelu_parameters, shapes)
-  return _flops(jumprelu, encoder, shapes, x_BD) / _ROWS
+  x_BD = jax.ShapeDtypeStruct((_ROWS, module.width), jnp.float32)
+  return _flops(reconstruct, _shapes(module), x_BD) / _ROWS
