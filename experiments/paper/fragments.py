@@ -17,16 +17,19 @@ def side_by_side(*frames: str) -> str:
   return f'<div class="figures">{"".join(frames)}</div>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Cells are plain text."""
+def table(
+  head: Sequence[str], rows: Sequence[Sequence[str]], *, wrapped: bool = False
+) -> str:
+  """Cells are plain text; `wrapped` is for those that hold sentences."""
   line = lambda cells, tag: (
     '<tr>'
     + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)
     + '</tr>'
   )
+  kind = ' class="wrapped"' if wrapped else ''
   body = ''.join(line(row, 'td') for row in rows)
   return (
-    f'<div class="scroll"><table><thead>{line(head, "th")}</thead>'
+    f'<div class="scroll"><table{kind}><thead>{line(head, "th")}</thead>'
     f'<tbody>{body}</tbody></table></div>'
   )
 

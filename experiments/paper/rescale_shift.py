@@ -13,12 +13,11 @@ from gsae_jax.evaluation import figures, frontiers, page, series
 from gsae_jax.evaluation.frontiers import Comparison
 from gsae_jax.evaluation.pareto import Record
 
+GAIN = 'rescale & shift over its baseline'
+GAP = 'Gated over rescale & shift'
 _PAIRS = {
-  'rescale & shift over its baseline': (
-    arms_lib.RESCALE_SHIFT,
-    arms_lib.EQUAL_WIDTH,
-  ),
-  'Gated over rescale & shift': ('gated', arms_lib.RESCALE_SHIFT),
+  GAIN: (arms_lib.RESCALE_SHIFT, arms_lib.EQUAL_WIDTH),
+  GAP: ('gated', arms_lib.RESCALE_SHIFT),
   'Gated over the baseline of equal width': ('gated', arms_lib.EQUAL_WIDTH),
 }
 
@@ -35,7 +34,7 @@ def gated_of(everything: Run, site: str) -> list[Record]:
 
 
 def comparisons(everything: Run, site: str) -> dict[str, Comparison | None]:
-  """What `_PAIRS` says.
+  """By title: `GAIN`, `GAP`, and Gated over the baseline.
 
   Args:
     everything: results of the benchmark, the ablations and the shift together.

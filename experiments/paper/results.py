@@ -78,9 +78,13 @@ def _cells(run: Run, r: Record) -> list[str]:
   ]
 
 
+def write(s: study.Study, run: Run) -> None:
+  paths.write_whole(s.workdir / 'results.csv', csv_text(run))
+
+
 def make(s: study.Study) -> str:
   run = s.results(*study.PARTS)
-  paths.write_whole(s.workdir / 'results.csv', csv_text(run))
+  write(s, run)
   return fragment(run)
 
 
