@@ -87,14 +87,16 @@ class SAE:
 
     Returns:
       `gates`, how many entries of `f` are 0 in one and not in the other, of
-      `entries`; and `largest`, the largest difference of two entries. Rounding
-      alone makes them, so a gate differs where its input is 0 but for rounding.
+      `entries`; and `largest`, the largest difference of all other entries.
+      Rounding alone makes them: a gate differs where its input is 0 but for
+      rounding, and then by the whole height of the jump.
     """
     ours, theirs = self.encode(x), self.to_jumprelu().encode(x)
+    differ = (ours > 0) != (theirs > 0)
     return {
-      'gates': int(jnp.sum((ours > 0) != (theirs > 0))),
+      'gates': int(jnp.sum(differ)),
       'entries': ours.size,
-      'largest': float(jnp.max(jnp.abs(ours - theirs))),
+      'largest': float(jnp.max(jnp.where(differ, 0, jnp.abs(ours - theirs)))),
     }
 
   def save(self, folder: str) -> None:

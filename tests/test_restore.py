@@ -137,13 +137,17 @@ def test_jumprelu_gap_tells(run):
   workdir, x, _ = run
   sae = gsae_jax.load(str(workdir), member='g')
   f = np.asarray(sae.encode(x))
-  # Another SAE, of which the first feature never fires.
+  # Another SAE: its first feature never fires, its second is larger.
   other = sae.to_jumprelu()
   other.params['threshold'] = other.params['threshold'].at[0].set(np.inf)
+  other.params['W_enc'] = other.params['W_enc'].at[:, 1].multiply(1.5)
   sae.to_jumprelu = lambda: other
   gap = sae.jumprelu_gap(x)
-  assert gap['gates'] == (f[:, 0] > 0).sum() > 0
-  assert gap['largest'] == f[:, 0].max() > 1
+  g = np.asarray(other.encode(x))
+  same = (f > 0) == (g > 0)
+  assert gap['gates'] == (~same).sum() >= (f[:, 0] > 0).sum() > 0
+  assert gap['largest'] == np.abs(f - g)[same].max() > 0.1
+  assert np.abs(f - g).max() > gap['largest']
 
 
 def test_an_untied_encoder_has_no_jumprelu_form():
