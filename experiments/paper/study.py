@@ -90,7 +90,15 @@ class Study:
 
   def results(self, *parts: str) -> runs.Run:
     """What parts gave, as one, run before if they have to be."""
-    return runs.joined([runs.read(self.run(part)) for part in parts])
+    for part in parts:
+      if part not in self._read:
+        self._read[part] = runs.read(self.run(part))
+    return runs.joined([self._read[part] for part in parts])
+
+  @functools.cached_property
+  def _read(self) -> dict[str, runs.Run]:
+    """By part, those that were asked for."""
+    return {}
 
   def folder(self, part: str) -> epath.Path:
     return self.workdir / part

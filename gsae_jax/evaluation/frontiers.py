@@ -24,6 +24,8 @@ _LEVELS = 101
 def replicates(sums: Mapping[str, metrics.Sums]) -> Replicates:
   """The metrics of every SAE, paired, for documents drawn anew.
 
+  One document cannot be drawn anew: all are NaN then, and no interval follows.
+
   Args:
     sums: by member, `metrics.OF_SITE` and `metrics.OF_SAE`, `[documents]` each.
   """
@@ -35,6 +37,8 @@ def replicates(sums: Mapping[str, metrics.Sums]) -> Replicates:
     for name in (*metrics.OF_SITE, *metrics.OF_SAE)
   }
   ratios_RM = metrics.ratios(bootstrap.resample(stacked_NM))
+  if len(stacked_NM['tokens']) < 2:
+    ratios_RM = {k: np.full_like(v, np.nan) for k, v in ratios_RM.items()}
   return {
     member: {name: values[:, i] for name, values in ratios_RM.items()}
     for i, member in enumerate(members)
