@@ -1,5 +1,6 @@
 """What an SAE costs: parameters, and operations as XLA counts them."""
 
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,7 @@ def _flops(fn, *args) -> float:
   return jax.jit(fn).lower(*args).compile().cost_analysis()['flops']
 
 
+@functools.cache
 def training_flops(module) -> float:
   """Of one gradient of the loss, for each row of a batch."""
 
@@ -43,6 +45,7 @@ def training_flops(module) -> float:
   return _flops(jax.grad(loss), _shapes(module), x_BD) / _ROWS
 
 
+@functools.cache
 def inference_flops(module) -> float:
   """Of encoding and decoding a row, as the module does it."""
 
