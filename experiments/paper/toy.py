@@ -98,8 +98,8 @@ def results(seed: int = 0) -> dict:
   Returns:
     `relu` and `jumprelu`, the paper's two, with `threshold`, `factor` and
     `offset`; over tokens that have the feature, the mean squared `error`, its
-    part `error_above` the threshold, the `sampled_error` and
-    `largest_error_above`, of any token; `missed`, the share of tokens with the
+    part `error_above` the threshold, the `sampled_error` and, of any one above
+    it, the `largest_error_above`; `missed`, the share of tokens with the
     feature below the threshold, and `false`, of those without it above;
     and `by_threshold`, the best of both for several.
   """
