@@ -63,7 +63,7 @@ def test_members_of_the_studies(module, tmp_path):
       if m['site'] == site and m['architecture'] == 'gated'
     })  # fmt: skip
     assert (l1[0], l1[-1], len(l1)) == (*gated.ends, 8)
-    np.testing.assert_allclose(np.diff(np.log(l1)), np.log(l1[1] / l1[0]), 1e-3)
+    np.testing.assert_allclose(np.diff(np.log(l1)), np.log(l1[1] / l1[0]), 5e-3)
   gated, relu = s.pairs[c.sites[0]]
   by_name = {m['name']: m for m in members['ablations']}
   assert {m['site'] for m in by_name.values()} == {c.sites[0]}
@@ -195,8 +195,8 @@ def as_run(found):
   return runs.Run(step, {10: records.Documents(ids, sums)}, {})
 
 
-def pursuits(arm, l0, own, factor, rng):
-  about = {'dictionary': f'{arm}{l0}', 'architecture': arm}
+def pursuits(arm, l0, own, factor, rng, **changes):
+  about = {'dictionary': f'{arm}{l0}', 'architecture': arm} | changes
   out = [sae(f'{arm}{l0}', l0, own, rng=rng, method='encoder', k=None, **about)]
   for k in (5, 10, 20, 40, 80):
     level = 0.6 + 0.1 * np.log2(k / factor / 10)
@@ -248,13 +248,13 @@ def findings(**changes):
     for l0, better in ((20, 1.0), (60, v['far'])):
       level = 0.6 + 0.1 * np.log2(l0 / 20)
       recovered = v[f'{arm}_own'] + level - 0.6
-      ito += pursuits(arm, l0, recovered, factor * better, rng)
+      ito += pursuits(arm, l0, recovered, factor * better, rng, **own)
   return claims.Findings(
     as_run(arms_found),
     as_run(arms_found + others),
     as_run(ito),
     SITE,
-    {SITE: (16, 64, 96)},
+    {SITE: (128, 512, 768)},
     v['jumprelu'],
     v['toy'],
   )
@@ -268,14 +268,14 @@ def verdict(start, **changes):
 
 def test_every_claim_can_hold():
   found = claims.judged(findings())
-  assert len(found) == 25
+  assert len(found) == 26
   wrong = {c.claim: c.measured for c in found if c.verdict != verdicts.HOLDS}
   assert list(wrong) == [
     'Gated features are as interpretable as the baseline’s'
   ], wrong
   assert found[-1].verdict == verdicts.UNTESTED
   shown = claims.text(found)
-  assert shown.count('\n') == 2 * 25 - 1 and '✓ holds' in shown
+  assert shown.count('\n') == 2 * 26 - 1 and '✓ holds' in shown
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_both_sides_of_every_rule(start, changes, wanted):
 
 def test_one_document_decides_nothing_that_has_an_interval():
   found = claims.judged(findings(documents=1))
-  counted = ('Few', 'Training', 'The comparison', 'Gated has', 'Inference',
+  counted = ('Few Gated', 'Training', 'The comparison', 'Gated has', 'Inference',
              'A tied', 'Toy', 'Gated features')  # fmt: skip
   for c in found:
     if not c.claim.startswith(counted):
@@ -347,7 +347,7 @@ def test_rules_on_intervals():
 def test_the_papers_own_rows_beside_ours():
   rows = beside.rows()
   assert rows.ratio_text().endswith(
-    'median 0.35 of 23 sites, below 1 at 22, at or below 0.5 at 18'
+    'median 0.35 of 23 sites, below 1 at 22, at or below 0.5 at 20'
   ), rows.ratio_text()
   assert '54 of' not in rows.gamma_text()  # Both models, not Pythia's alone.
   (first, *_) = pareto_lib.overlaid('Gemma-7B:resid_post.20', ['resid_post.2'])
@@ -375,7 +375,7 @@ def test_the_page_has_every_figure_and_the_claims_first(tmp_path):
   assert 'nan' not in body.lower() and '<script' not in body
   assert body.count('<svg') >= 10 and '<polygon' in body
   written_claims = json.loads((tmp_path / 'claims.json').read_text())
-  assert written_claims[0]['verdict'] == 'holds' and len(written_claims) == 25
+  assert written_claims[0]['verdict'] == 'holds' and len(written_claims) == 26
 
 
 def test_results_csv_parses_back_to_the_records():
