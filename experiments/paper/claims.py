@@ -531,7 +531,7 @@ def fragment(found: Sequence[Claim]) -> str:
   count = {v: sum(c.verdict == v for c in found) for v in _MARKS}
   return fragments.section(
     'The paper’s claims',
-    ', '.join(f'{n} {verdict}' for verdict, n in count.items())
+    ', '.join(f'{verdict}: {n}' for verdict, n in count.items())
     + '. Brackets are 95 % intervals.',
     fragments.table(_COLUMNS, rows, wrapped=True),
   )
