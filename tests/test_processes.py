@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import gsae_jax
 from gsae_jax.activations.loader import Loader
@@ -81,6 +83,40 @@ def test_windows_of_text_begun_by_one_and_finished_by_two(tmp_path):
   codes, outputs = finish(start_both(*flags))
   assert codes == [0, 0] and missing > 1, outputs
   assert files(tmp_path / 'killed') == files(tmp_path / 'whole')
+
+
+def test_two_processes_evaluate_as_one(smoke, tmp_path):
+  _, workdir, table, _ = smoke
+  mine = tmp_path / 'run'
+  shutil.copytree(workdir, mine, ignore=shutil.ignore_patterns('eval'))
+  # More contexts than smoke has in a batch, so that both have some to do.
+  flags = f'--workdir={mine}', '--config.eval.batch_size=4'
+  codes, outputs = finish(start_both(*flags, program='evaluate'))
+  assert codes == [0, 0], outputs
+  assert 'loss recovered' in outputs[0][0]
+  assert 'loss recovered' not in outputs[1][0]
+  wanted = sorted(p.relative_to(workdir) for p in (workdir / 'eval').rglob('*'))
+  assert wanted == sorted(
+    p.relative_to(mine) for p in (mine / 'eval').rglob('*')
+  )
+  for name in [p for p in wanted if p.suffix == '.json']:
+    mine_, whole = (json.loads((f / name).read_text()) for f in (mine, workdir))
+    for got, want in zip(mine_, whole, strict=True):
+      assert got.keys() == want.keys()
+      for field, value in want.items():
+        if isinstance(value, float):
+          np.testing.assert_allclose(got[field], value, rtol=1e-5)
+        elif field not in ('density', 'intervals'):
+          assert got[field] == value
+  for name in [p for p in wanted if p.suffix == '.safetensors']:
+    got, want = (load_file(f / name) for f in (mine, workdir))
+    for field, value in want.items():
+      near = np.isclose(got[field], value, rtol=1e-4, atol=1e-4)
+      # Features that tie to rounding may change places.
+      assert near.mean() > 0.99, (name, field)
+  both = start_both(*flags, '--watch', program='evaluate')
+  codes, outputs = finish(both)
+  assert codes == [0, 0], outputs
 
 
 def test_failure_of_one_ends_both(tmp_path):

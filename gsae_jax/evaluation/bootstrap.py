@@ -49,7 +49,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> list[float] | None:
     one value, as of a single document.
   """
   finite = values[np.isfinite(values)]
-  if len(finite) < 0.9 * len(values) or np.ptp(finite) == 0:
+  if len(finite) <= 0.9 * len(values) or np.ptp(finite) == 0:
     return None
   tail = 50 * (1 - level)
   low, high = np.percentile(finite, [tail, 100 - tail])

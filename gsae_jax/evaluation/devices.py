@@ -154,7 +154,9 @@ class Devices:
         return dataclasses.replace(out, sums=sums)
 
       axes = Out(rows=0, sums=None, kept=0)
-      return jax.pmap(on_each, axis_name=AXIS, out_axes=axes)
+      # Of this process; without them, pmap would wait for all processes.
+      devices = list(self.layout.mesh.devices.flat)
+      return jax.pmap(on_each, axis_name=AXIS, out_axes=axes, devices=devices)
     return jax.jit(
       lambda lm_params, *args: fn(self.layout.gather(lm_params), *args),
       out_shardings=Out(rows=None, sums=self.layout.everywhere, kept=None),

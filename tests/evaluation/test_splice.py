@@ -1,5 +1,6 @@
 """The evaluator against float64 NumPy that materialises everything."""
 
+import dataclasses
 import functools
 
 import jax
@@ -187,6 +188,31 @@ def test_neither_devices_nor_batches_matter(changes, embedded, contexts, saes):
   for sae, record in want.items():
     assert got[sae].keys() == record.keys()
     assert_equal(flat(got[sae]), flat(record))
+
+
+@pytest.mark.parametrize('policy', ['drop', 'keep'])
+def test_special_tokens_are_counted_both_ways(policy, embedded, contexts, saes):
+  own = dataclasses.replace(contexts, special_tokens=policy)
+  last = np.flatnonzero(counted_mask(own))[-1]
+  flat_mask = np.arange(own.ids_CL.size).reshape(own.ids_CL.shape) <= last
+  other = {'drop': np.ones_like, 'keep': lambda _: ~own.special_CL}[policy]
+  masks = counted_mask(own), flat_mask & other(flat_mask)
+  assert masks[0].sum() == TOKENS != masks[1].sum()
+  evaluator = Evaluator(
+    embedded,
+    own,
+    tokens=TOKENS,
+    batch_size=8,
+    parallel='auto',
+    layout=layout_of(embedded),
+    both=True,
+  )
+  for sae, found in evaluator.run(saes).items():
+    for measured, mask in zip(found, masks, strict=True):
+      got = metrics.record(measured.sums, measured.fired_F)
+      assert_equal(
+        got, expected(embedded, own, sae, saes[sae][2], mask=mask), rtol=2e-5
+      )
 
 
 def test_a_perfect_and_an_empty_reconstruction(embedded, contexts, saes):
