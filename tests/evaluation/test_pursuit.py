@@ -226,8 +226,11 @@ def test_the_evaluator_takes_it_for_an_sae(embedded, rng, layout):
     parallel='auto',
     layout=layout_of(embedded, kind, model=model),
   )
-  saes = {k: (Pursuit(128, 192, k), 'mlp_out.0', params) for k in (4, 40)}
-  records = {k: metrics.record(*s) for k, s in evaluator.run(saes).items()}
+  saes = {str(k): (Pursuit(128, 192, k), 'mlp_out.0', params) for k in (4, 40)}
+  records = {
+    int(k): metrics.record(found.sums, found.fired_F)
+    for k, (found,) in evaluator.run(saes).items()
+  }
   for k, record in records.items():
     assert 0.5 * k < record['l0'] <= k
   # Random directions do the better the more there are.
