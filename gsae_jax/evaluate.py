@@ -271,7 +271,8 @@ def main() -> int:
       preempted.check()
     time.sleep(_POLL.value)
   if jax.process_index() == 0:
-    print(pareto.summary(records.read_evaluations(workdir)))
+    found = records.read_evaluations(workdir)
+    print(pareto.summary(found, records.read_replicates(workdir, found)))
   return 0
 
 

@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 SMOKE = 'experiments/smoke.py'
 
 
-def start(program, *flags, config=SMOKE, devices=1, **env):
-  command = [sys.executable, '-m', f'gsae_jax.{program}']
+def start(program, *flags, config=SMOKE, devices=1, package='gsae_jax', **env):
+  command = [sys.executable, '-m', f'{package}.{program}']
   if config and program not in ('report', 'store'):
     command.append(f'--config={config}')
   command += flags
@@ -29,10 +29,10 @@ def start(program, *flags, config=SMOKE, devices=1, **env):
   )
 
 
-def run(program, *flags, code=0, **kwargs):
+def run(program, *flags, code=0, timeout=300, **kwargs):
   """Runs a command to its end; returns what it printed."""
   process = start(program, *flags, **kwargs)
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=timeout)
   assert process.returncode == code, err
   return out
 

@@ -24,6 +24,8 @@ class Series:
     line: joins the points.
     dots: marks them.
     opacity: 0 to 1.
+    band: x, lower and upper y of an interval, in order of x.
+    dashed: breaks the line up.
   """
 
   label: str
@@ -32,6 +34,8 @@ class Series:
   line: bool = True
   dots: bool = True
   opacity: float = 1.0
+  band: Sequence[tuple[float, float, float]] = ()
+  dashed: bool = False
 
 
 class Axis:
@@ -115,6 +119,9 @@ def figure(
     return '<p class="empty">Nothing to draw yet.</p>'
   xs = [x for s in series for x, _, _ in s.points]
   ys = [y for s in series for _, y, _ in s.points]
+  for s in series:
+    xs += [x for x, _, _ in s.band]
+    ys += [y for _, *bounds in s.band for y in bounds]
   x = Axis(xs, log_x, LEFT, WIDTH - RIGHT)
   y = Axis(
     ys + ([guide] if guide is not None else []), log_y, HEIGHT - BOTTOM, TOP
@@ -139,7 +146,10 @@ def _positive(s: Series, log_x: bool, log_y: bool) -> Series:
   points = [
     p for p in s.points if (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)
   ]
-  return dataclasses.replace(s, points=points)
+  band = [
+    b for b in s.band if (b[0] > 0 or not log_x) and (b[1] > 0 or not log_y)
+  ]
+  return dataclasses.replace(s, points=points, band=band)
 
 
 def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
@@ -171,9 +181,15 @@ def _draw(s: Series, x: Axis, y: Axis) -> list[str]:
   style = html.escape(s.style)
   at = [(x(a), y(b), text) for a, b, text in s.points]
   parts = [f'<g class="s-{style}" opacity="{s.opacity:g}">']
+  if len(s.band) > 1:
+    edge = [(a, low) for a, low, _ in s.band]
+    edge += [(a, high) for a, _, high in reversed(s.band)]
+    path = ' '.join(f'{x(a):.1f},{y(b):.1f}' for a, b in edge)
+    parts.append(f'<polygon points="{path}"/>')
   if s.line and len(at) > 1:
     path = ' '.join(f'{a:.1f},{b:.1f}' for a, b, _ in at)
-    parts.append(f'<polyline points="{path}"/>')
+    dashes = ' class="dashed"' if s.dashed else ''
+    parts.append(f'<polyline{dashes} points="{path}"/>')
   if s.dots:
     parts += [
       f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4.5">'

@@ -2,19 +2,19 @@
 
 import html
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from gsae_jax.evaluation import figures, pareto
+from gsae_jax.evaluation import figures, pareto, series
+from gsae_jax.evaluation.frontiers import Replicates
 from gsae_jax.evaluation.pareto import Record
-
-LABELS = {'gated': 'Gated', 'relu': 'ReLU baseline'}
-COLOURS = 12  # Of other kinds, in the style sheet.
+from gsae_jax.evaluation.series import kinds, label_of
 
 
 def render(
   title: str,
   evaluations: dict[int, Sequence[Record]],
   metrics: Sequence[dict],
+  documents: Mapping[int, Replicates] | None = None,
 ) -> str:
   """The page.
 
@@ -22,8 +22,11 @@ def render(
     title: the run's name.
     evaluations: records by step, at least one step.
     metrics: lines of metrics.jsonl, in order.
+    documents: `frontiers.replicates` of the steps that have them; without, what
+      is shown of frontiers has no intervals.
   """
   last = evaluations[max(evaluations)]
+  resampled = (documents or {}).get(max(evaluations))
   sites = sorted({r['site'] for r in last})
   parts = [
     f'<h1>{html.escape(title)}</h1>',
@@ -31,8 +34,8 @@ def render(
   ]
   for site in sites:
     own = [r for r in last if r['site'] == site]
-    ratios = pareto.ratio_history(evaluations, site)
-    parts.append(_site(site, own, ratios, len(sites) > 1))
+    ratios = pareto.ratio_history(evaluations, site, documents)
+    parts.append(_site(site, own, ratios, resampled, len(sites) > 1))
   parts += [_training(last, metrics), _table(last)]
   return document(title, '\n'.join(parts))
 
@@ -54,22 +57,9 @@ def document(title: str, body: str) -> str:
   )
 
 
-def _label(kind: str) -> str:
-  return LABELS.get(kind, kind)
-
-
-def _kinds(records: Sequence[Record]) -> dict[str, str]:
-  """What kinds of SAEs there are, with the style of each."""
-  kinds = sorted({pareto.kind(r) for r in records})
-  others = [k for k in kinds if k not in LABELS]
-  return {
-    k: k if k in LABELS else f'other{others.index(k) % COLOURS}' for k in kinds
-  }
-
-
 def _lead(records: Sequence[Record]) -> str:
   r = records[0]
-  names = sorted(_label(kind) for kind in _kinds(records))
+  names = sorted(label_of(kind) for kind in kinds(records))
   return (
     f'{len(records)} sparse autoencoders ({"; ".join(names)}) after '
     f'{r["tokens_trained"]:,} activations each, evaluated on '
@@ -79,16 +69,20 @@ def _lead(records: Sequence[Record]) -> str:
 
 
 def _site(
-  site: str, last: list[Record], ratios: list[tuple[int, float]], many: bool
+  site: str,
+  last: list[Record],
+  ratios: list[pareto.Seen],
+  resampled: Replicates | None,
+  many: bool,
 ) -> str:
   heading = f'<h2>{html.escape(site)}</h2>' if many else ''
   frames = [
     frame(
       'Loss recovered against sparsity',
       'Up and to the left is better. Lines join each architecture’s frontier; '
-      'every SAE is shown.',
+      'every SAE is shown. Bands are 95 % of resamplings of documents and seeds.',
       figures.figure(
-        _frontiers(last),
+        series.of_frontiers(last, resampled),
         x_label='L0, features active per token (log)',
         y_label='loss recovered',
         title=f'Pareto frontier at {site}',
@@ -99,7 +93,7 @@ def _site(
       'Relative reconstruction bias γ',
       'Below 1, reconstructions are too small: shrinkage.',
       figures.figure(
-        _by_kind(last, 'gamma'),
+        series.by_kind(last, 'gamma'),
         x_label='L0, features active per token (log)',
         y_label='γ',
         title=f'gamma at {site}',
@@ -109,7 +103,6 @@ def _site(
     ),
   ]
   if len(ratios) > 1:
-    points = [(t, r, f'{t:,} activations: {r:.3f}') for t, r in ratios]
     frames.append(
       frame(
         'L0 ratio at equal loss recovered, over training',
@@ -117,7 +110,7 @@ def _site(
         'so a short run flatters Gated; settled means within '
         f'{pareto.SETTLED:.0%} of the ratio at half the activations.',
         figures.figure(
-          [figures.Series('Gated / baseline', 'gated', points)],
+          [series.of_history(ratios)],
           x_label='activations seen by each SAE',
           y_label='L0 ratio',
           title=f'L0 ratio at {site}',
@@ -130,7 +123,7 @@ def _site(
       'Explained variance against sparsity',
       'One minus the variance that the reconstruction leaves.',
       figures.figure(
-        _by_kind(last, 'explained_variance'),
+        series.by_kind(last, 'explained_variance'),
         x_label='L0, features active per token (log)',
         y_label='explained variance',
         title=f'Explained variance at {site}',
@@ -151,14 +144,17 @@ def frame(heading: str, caption: str, svg: str) -> str:
   )
 
 
-def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
+def _cards(records: list[Record], ratios: list[pareto.Seen]) -> str:
   cards = []
   if ratios:
     note = 'L0, Gated over baseline at equal loss recovered'
     if not pareto.settled(ratios):
       note += '<br><em class="flag">not converged</em>'
-    cards.append((f'{ratios[-1][1]:.2f}', note))
-  for kind in _kinds(records):
+    ratio = ratios[-1].ratio
+    if ratio.interval:
+      note += '<br>95 % interval {:.2f} to {:.2f}'.format(*ratio.interval)
+    cards.append((f'{ratio.value:.2f}', note))
+  for kind in kinds(records):
     gammas = [
       r['gamma']
       for r in records
@@ -168,7 +164,7 @@ def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
       cards.append(
         (
           f'{min(gammas):.3f}–{max(gammas):.3f}',
-          f'γ, {html.escape(_label(kind))}',
+          f'γ, {html.escape(label_of(kind))}',
         )
       )
   cards.append((f'{records[0]["ce_clean"]:.3f}', 'clean cross-entropy, nats'))
@@ -186,46 +182,6 @@ def _cards(records: list[Record], ratios: list[tuple[int, float]]) -> str:
   )
 
 
-def _hover(r: Record) -> str:
-  gamma = '–' if r['gamma'] is None else f'{r["gamma"]:.3f}'
-  return (
-    f'{r["member"]}: L1 {r["l1_coefficient"]:g}, L0 {r["l0"]:.1f}, loss '
-    f'recovered {r["loss_recovered"]:.4f}, gamma {gamma}'
-  )
-
-
-def _frontiers(records: list[Record]) -> list[figures.Series]:
-  series = []
-  for name, style in _kinds(records).items():
-    own = [r for r in records if pareto.kind(r) == name]
-    for points, line in ((pareto.frontier(own), True), (own, False)):
-      series.append(
-        figures.Series(
-          _label(name),
-          style,
-          [(r['l0'], r['loss_recovered'], _hover(r)) for r in points],
-          line=line,
-          dots=not line,
-        )
-      )
-  return series
-
-
-def _by_kind(records: list[Record], key: str) -> list[figures.Series]:
-  return [
-    figures.Series(
-      _label(name),
-      style,
-      [
-        (r['l0'], r[key], _hover(r))
-        for r in pareto.ordered(records)
-        if pareto.kind(r) == name and r[key] is not None
-      ],
-    )
-    for name, style in _kinds(records).items()
-  ]
-
-
 def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
   if not metrics:
     return ''
@@ -235,16 +191,16 @@ def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
     ('l0', 'L0 (log)', True),
     ('alive_fraction', 'alive features', False),
   ):
-    series = []
-    for name, style in _kinds(records).items():
+    curves = []
+    for name, style in kinds(records).items():
       own = sorted(
         (r for r in records if pareto.kind(r) == name),
         key=lambda r: r['l1_coefficient'],
       )
       for i, r in enumerate(own):
-        series.append(
+        curves.append(
           figures.Series(
-            f'{_label(name)}, stronger with rising L1',
+            f'{label_of(name)}, stronger with rising L1',
             style,
             _curve(metrics, r['member'], key),
             dots=False,
@@ -256,7 +212,7 @@ def _training(records: Sequence[Record], metrics: Sequence[dict]) -> str:
         label.capitalize(),
         'One line per SAE.',
         figures.figure(
-          series, x_label='step', y_label=label, title=label, log_y=log
+          curves, x_label='step', y_label=label, title=label, log_y=log
         ),
       )
     )
@@ -278,7 +234,7 @@ def _table(records: Sequence[Record]) -> str:
   head = ''.join(
     f'<th>{html.escape(name)}</th>' for _, name, _ in pareto.COLUMNS
   )
-  rows, styles = [], _kinds(records)
+  rows, styles = [], kinds(records)
   for r in pareto.ordered(records):
     first, *rest = (html.escape(c) for c in pareto.cells(r))
     style = styles[pareto.kind(r)]

@@ -1,10 +1,13 @@
 """Frontiers of evaluation records, and how two architectures compare on them."""
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from gsae_jax.evaluation import frontiers
+from gsae_jax.evaluation.frontiers import Comparison, Estimate, Replicates
 
 Record = dict[str, Any]
 
@@ -58,14 +61,12 @@ def table(records: Sequence[Record]) -> str:
 
 def frontier(records: Sequence[Record]) -> list[Record]:
   """The records that none of the others beats in both L0 and loss recovered."""
-  best = -math.inf
-  kept = []
-  drawn = [r for r in records if r['l0'] and r['loss_recovered'] is not None]
-  for r in sorted(drawn, key=lambda r: (r['l0'], -r['loss_recovered'])):
-    if r['loss_recovered'] > best:
-      best = r['loss_recovered']
-      kept.append(r)
-  return kept
+  values = [
+    [np.nan if r[name] is None else r[name] for r in records]
+    for name in ('l0', 'loss_recovered')
+  ]
+  order_RM, kept_RM = frontiers.best(*np.array(values)[:, None], True)
+  return [records[i] for i in order_RM[0][kept_RM[0]]]
 
 
 def l0_ratio(
@@ -73,68 +74,86 @@ def l0_ratio(
 ) -> float | None:
   """How many features fire, against the baseline at equal loss recovered.
 
-  Both frontiers are interpolated linearly in log L0 over the loss recovered
-  that both reach; the ratio is the geometric mean over that range.
-
   Returns:
-    L0 of `architecture` over L0 of `baseline`, or None where the frontiers
-    share no range.
+    L0 of `architecture` over L0 of `baseline`, see `frontiers.Comparison`, or
+    None where the frontiers share no range.
   """
-  curves = []
-  for name in (architecture, baseline):
-    points = frontier([r for r in records if kind(r) == name])
-    if len(points) < 2:
-      return None
-    curves.append(
-      (
-        np.array([p['loss_recovered'] for p in points]),
-        np.log([p['l0'] for p in points]),
-      )
-    )
-  low = max(recovered[0] for recovered, _ in curves)
-  high = min(recovered[-1] for recovered, _ in curves)
-  if low >= high:
-    return None
-  at = np.linspace(low, high, 101)
-  ours, theirs = (np.interp(at, recovered, l0) for recovered, l0 in curves)
-  return float(np.exp(np.mean(ours - theirs)))
+  found = compare(records, architecture, baseline)
+  return found and found.l0_ratio.value
+
+
+def compare(
+  records: Sequence[Record],
+  architecture: str,
+  baseline: str,
+  resampled: Replicates | None = None,
+) -> Comparison | None:
+  """The frontiers of two kinds of one site, see `frontiers.compare`."""
+  ours, theirs = (
+    [r for r in records if kind(r) == name] for name in (architecture, baseline)
+  )
+  return frontiers.compare(ours, theirs, resampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """The L0 ratio, Gated over baseline, when each SAE had seen so much.
+
+  Attributes:
+    tokens: activations.
+    ratio: with its interval, where the sums of documents are there.
+  """
+
+  tokens: int
+  ratio: Estimate
 
 
 def ratio_history(
-  evaluations: Mapping[int, Sequence[Record]], site: str
-) -> list[tuple[int, float]]:
-  """Activations seen and L0 ratio, Gated over baseline, by checkpoint."""
+  evaluations: Mapping[int, Sequence[Record]],
+  site: str,
+  documents: Mapping[int, Replicates] | None = None,
+) -> list[Seen]:
+  """By checkpoint.
+
+  Args:
+    evaluations: records by step.
+    site: of the SAEs.
+    documents: `frontiers.replicates` of the steps that have them.
+  """
   history = []
-  for _, records in sorted(evaluations.items()):
+  for step, records in sorted(evaluations.items()):
     own = [r for r in records if r['site'] == site]
-    ratio = l0_ratio(own, 'gated', 'relu')
-    if ratio is not None:
-      history.append((own[0]['tokens_trained'], ratio))
+    found = compare(own, 'gated', 'relu', (documents or {}).get(step))
+    if found is not None:
+      history.append(Seen(own[0]['tokens_trained'], found.l0_ratio))
   return history
 
 
-def settled(history: Sequence[tuple[int, float]]) -> bool:
+def settled(history: Sequence[Seen]) -> bool:
   """Whether the ratio is what it was at half of the activations seen.
 
   The last two checkpoints would not do: at the end of a run the learning rate
   has decayed, and nothing moves any more.
   """
-  tokens, ratio = history[-1]
-  before = [r for t, r in history if t <= tokens / 2]
-  return bool(before) and abs(ratio / before[-1] - 1) < SETTLED
+  last = history[-1]
+  before = [h.ratio.value for h in history if h.tokens <= last.tokens / 2]
+  return bool(before) and abs(last.ratio.value / before[-1] - 1) < SETTLED
 
 
-def summary(evaluations: Mapping[int, Sequence[Record]]) -> str:
+def summary(
+  evaluations: Mapping[int, Sequence[Record]],
+  documents: Mapping[int, Replicates] | None = None,
+) -> str:
   """The latest checkpoint's table, and each site's L0 ratio below it."""
   last = evaluations[max(evaluations)]
   lines = [table(last)]
   for site in sorted({r['site'] for r in last}):
-    history = ratio_history(evaluations, site)
+    history = ratio_history(evaluations, site, documents)
     if history:
-      tokens, ratio = history[-1]
       state = 'settled' if settled(history) else 'not converged'
       lines.append(
         f'{site}: L0 of Gated over baseline at equal loss recovered is '
-        f'{ratio:.3f} after {tokens:,} activations each ({state})'
+        f'{history[-1].ratio} after {history[-1].tokens:,} activations each '
+        f'({state})'
       )
   return '\n'.join(lines)

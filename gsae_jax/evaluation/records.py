@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import safetensors.numpy
 from etils import epath
 
 from gsae_jax.errors import UserError
-from gsae_jax.evaluation import metrics, pareto
+from gsae_jax.evaluation import frontiers, metrics, pareto
 from gsae_jax.evaluation.pareto import Record
 
 
@@ -74,6 +75,18 @@ def read_documents(workdir: epath.Path, step: int) -> Documents | None:
       f'--workdir: {path} does not go with the records beside it ({e}); delete '
       'both and run gsae_jax.evaluate again'
     ) from e
+
+
+def read_replicates(
+  workdir: epath.Path, steps: Iterable[int]
+) -> dict[int, frontiers.Replicates]:
+  """What intervals are made of, of the steps that have sums of documents."""
+  found = {step: read_documents(workdir, step) for step in steps}
+  return {
+    step: frontiers.replicates(documents.sums)
+    for step, documents in found.items()
+    if documents is not None
+  }
 
 
 def read_records(path: epath.Path) -> list[Record]:

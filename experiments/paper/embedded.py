@@ -1,0 +1,32 @@
+r"""The paper's study on the embedded language model: two sites of its one layer.
+
+python -m experiments.paper.all --config=experiments/paper/embedded.py --workdir=DIR
+"""
+
+import ml_collections
+
+from experiments import quickstart
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = quickstart.get_config()
+  c.sites = ('mlp_out.0', 'attn_pre_linear.0')
+  c.train.checkpoint_every = c.train.get_ref('steps') // 4
+  # The ends of each arm's range; experiments/paper/arms.py lays more between.
+  c.saes = tuple(
+    {
+      'name': f'{architecture}_{site}_{l1:g}',
+      'architecture': architecture,
+      'site': site,
+      'features': features,
+      'l1': l1,
+      'learning_rate': rate,
+    }
+    for site in c.sites
+    for architecture, features, rate, ends in (
+      ('gated', 512, 3e-3, (0.06, 0.5)),
+      ('relu', 768, 6e-3, (0.03, 0.3)),
+    )
+    for l1 in ends
+  )
+  return c

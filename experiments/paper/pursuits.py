@@ -1,0 +1,104 @@
+r"""Evaluates dictionaries of a run without their encoders (Appendix A).
+
+  python -m experiments.paper.pursuits --config=experiments/paper/written.py:DIR/arms/config.json \
+      --workdir=DIR/arms --members=NAME,NAME --out=DIR/ito
+
+For each SAE: itself, gradient pursuit and matching pursuit at every K, all on the
+tokens of gsae_jax.evaluate, whose flags and evaluator these are. Writes what it
+writes, below --out. ito.py chooses the SAEs and draws the result.
+"""
+
+import json
+
+from absl import flags
+
+from gsae_jax import config as config_lib
+from gsae_jax import evaluate, paths, program
+from gsae_jax.errors import UserError
+from gsae_jax.evaluation import metrics, records
+from gsae_jax.evaluation.pursuit import METHODS, Pursuit
+from gsae_jax.sae import make_module
+from gsae_jax.training.checkpoints import Checkpoints
+
+_MEMBERS = flags.DEFINE_list('members', None, 'Names of the SAEs.')
+_K = flags.DEFINE_list(
+  'k', '5,10,30,100', 'Atoms per token; those above the width are left out.'
+)
+_OUT = flags.DEFINE_string('out', None, 'Where to write.')
+flags.mark_flags_as_required(['members', 'out'])
+
+
+def variants(name: str, member: dict, params: dict, ks: list[int]) -> dict:
+  """By name: what the record says of it, and what the evaluator takes."""
+  site = member['site']
+  found = {
+    name: (
+      {'method': 'encoder', 'k': None},
+      (make_module(member), site, params),
+    )
+  }
+  decoder = {k: params[k] for k in ('W_dec', 'b_dec')}
+  for method in METHODS:
+    for k in ks:
+      module = Pursuit(member['width'], member['features'], k, method)
+      found[f'{name}.{method}.{k}'] = (
+        {'method': method, 'k': k},
+        (module, site, decoder),
+      )
+  return found
+
+
+def main() -> int:
+  preempted = program.Preemption()
+  config = config_lib.parse(program.read_config(flags.FLAGS['config']))
+  workdir = paths.workdir(flags.FLAGS.workdir)
+  with Checkpoints(str(workdir), read_only=True) as checkpoints:
+    step = checkpoints.steps()[-1]
+    trained = checkpoints.metadata(step)
+    members = {m['name']: m for m in trained['members']}
+    unknown = [name for name in _MEMBERS.value if name not in members]
+    if unknown:
+      raise UserError(f'--members: {workdir} has no SAE {unknown[0]!r}')
+    params = checkpoints.restore_params(
+      step, {name: members[name]['shapes'] for name in _MEMBERS.value}
+    )
+  evaluator = evaluate.make_evaluator(config, trained)
+  values, sums, sites = [], {}, {}
+  for dictionary in _MEMBERS.value:
+    preempted.check()
+    m = members[dictionary]
+    ks = [k for k in map(int, _K.value) if k <= m['width']]
+    tried = variants(dictionary, m, params[dictionary], ks)
+    found = evaluator.run({name: sae for name, (_, sae) in tried.items()})
+    for name, (about, _) in tried.items():
+      measured = found[name][0]
+      sums[name], sites[name] = measured.sums, m['site']
+      values.append(
+        {
+          'member': name,
+          'dictionary': dictionary,
+          **about,
+          'site': m['site'],
+          'architecture': m['architecture'],
+          'variant': '' if about['k'] is None else f'{about["method"]} pursuit',
+          'features': m['features'],
+          'l1_coefficient': m['l1'],
+          'seed': m['seed'],
+          'step': step,
+          'tokens_trained': step * config.train.batch_size,
+          **metrics.record(measured.sums, measured.fired_F),
+        }
+      )
+  out = paths.workdir(_OUT.value)
+  documents = records.Documents(evaluator.ids, sums)
+  paths.write_whole(
+    records.documents_path(out, step), records.pack(documents, sites)
+  )
+  text = json.dumps(values, indent=1, allow_nan=False) + '\n'
+  paths.write_whole(records.records_path(out, step), text)
+  print(f'{len(values)} records in {out}')
+  return 0
+
+
+if __name__ == '__main__':
+  program.run(main)

@@ -1,0 +1,35 @@
+r"""The paper's study on a real Llama, stories260K: MLP output and residual stream.
+
+The model and its text are given as for experiments/stories260k.py:
+
+  F="--config.lm.path=FOLDER --config.text.path=FILE"
+  python -m experiments.paper.all --config=experiments/paper/stories260k.py $F --workdir=DIR
+"""
+
+import ml_collections
+
+from experiments import stories260k
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = stories260k.get_config()
+  c.sites = ('mlp_out.2', 'resid_post.2')
+  c.train.checkpoint_every = c.train.get_ref('steps') // 4
+  # The ends of each arm's range; experiments/paper/arms.py lays more between.
+  c.saes = tuple(
+    {
+      'name': f'{architecture}_{site}_{l1:g}',
+      'architecture': architecture,
+      'site': site,
+      'features': features,
+      'l1': l1,
+      'learning_rate': rate,
+    }
+    for site in c.sites
+    for architecture, features, rate, ends in (
+      ('gated', 256, 3e-3, (0.05, 0.5)),
+      ('relu', 384, 6e-3, (0.02, 0.25)),
+    )
+    for l1 in ends
+  )
+  return c
