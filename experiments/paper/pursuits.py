@@ -87,6 +87,7 @@ def main() -> int:
           'step': step,
           'tokens_trained': step * config.train.batch_size,
           **metrics.record(measured.sums, measured.fired_F),
+          'stride': config.eval.stride,
         }
       )
   out = paths.workdir(_OUT.value)

@@ -17,6 +17,7 @@ def record(member, architecture, l0, recovered, **changes):
     'ce_clean': 3.4, 'ce_spliced': 3.5, 'ce_zero_ablation': 5.0,
     'kl_clean_spliced': 0.1, 'gamma': 0.99, 'explained_variance': 0.9,
     'mse': 1.0, 'cosine': 0.9, 'alive_fraction': 1.0, 'num_tokens': 1000,
+    'stride': 1,
   }  # fmt: skip
   return values | changes
 
