@@ -140,7 +140,8 @@ def compile_case(case: Case):
       params(None), ids, mask, taken, sae_params, None
     )
   else:
-    fn = functools.partial(passes.comparison, module, layout.parts)
+    most = devices.logits(config.vocabulary)
+    fn = functools.partial(passes.comparison, module, layout.parts, most)
     others = (hidden,) * case.saes
     lowered = devices.compile(fn).lower(params(None), ids, mask, hidden, others)
   return lowered.compile()

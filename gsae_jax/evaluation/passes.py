@@ -19,9 +19,6 @@ from gsae_jax.evaluation.top import Top, update
 from gsae_jax.lm.effects import direct_logits
 from gsae_jax.lm.transformer import Transformer, unembed
 
-# Logits of a device that are held at a time, of each model that is compared.
-LOGITS = 2**25
-
 
 def clean_pass(
   module: Transformer, sites: tuple[str, ...], lm_params, ids_BL
@@ -145,13 +142,21 @@ def spliced_pass(
 
 
 def comparison(
-  module: Transformer, parts: int, lm_params, ids_BL, m_BL, clean_BLD, others
+  module: Transformer,
+  parts: int,
+  most: int,
+  lm_params,
+  ids_BL,
+  m_BL,
+  clean_BLD,
+  others,
 ) -> Out:
   """Cross-entropies of all, and the divergence of each from the clean model.
 
   Args:
     module: the language model.
     parts: that B is divided into beyond this program's sight.
+    most: logits of a device that are held at a time, of each model.
     lm_params: its parameters.
     ids_BL: token ids.
     m_BL: the mask; predictions made from its rows are counted, the rest are 0.
@@ -165,7 +170,7 @@ def comparison(
   B, L = ids_BL.shape
   size = -(-B // parts) * L * module.config.vocabulary
   chunks = next(
-    n for n in range(1, L + 1) if L % n == 0 and size <= n * LOGITS or n == L
+    n for n in range(1, L + 1) if L % n == 0 and size <= n * most or n == L
   )
   counted_BL = m_BL.at[:, -1].set(False)
   next_BL = jnp.roll(ids_BL, -1, axis=1)

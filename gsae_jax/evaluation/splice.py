@@ -157,14 +157,12 @@ class Evaluator:
       `logit_top_ids`, `logit_top_values`, `logit_bottom_ids` and
       `logit_bottom_values`, `[F, k]` each, the strongest first.
     """
-    parts, vocabulary = (
-      self._devices.layout.parts,
-      self._lm.module.config.vocabulary,
-    )
+    parts = self._devices.layout.parts
+    vocabulary = self._lm.module.config.vocabulary
     program = self._compiled(passes.effects_pass, site, min(k, vocabulary))
-    size = parts * max(
-      1, min(len(W_dec_FD), passes.LOGITS // vocabulary) // parts
-    )
+    # So many rows at a time, on every device.
+    rows = self._devices.logits(vocabulary) // vocabulary
+    size = parts * min(-(-len(W_dec_FD) // parts), max(1, rows))
     blocks = []
     for start in range(0, len(W_dec_FD), size):
       d_ND = W_dec_FD[start : start + size]
@@ -253,7 +251,11 @@ class _Run:
       others.append(state)
       if heap is not None:
         self._top[name] = heap
-    compare = of._compiled(passes.comparison, devices.parts_in_sight)
+    compare = of._compiled(
+      passes.comparison,
+      devices.parts_in_sight,
+      devices.logits(of._lm.module.config.vocabulary),
+    )
     losses = compare(of._params, ids, mask, hidden, tuple(others)).rows
     self._take()
     self._pending = batch, site_rows, rows, losses, sums

@@ -312,7 +312,7 @@ def test_logits_are_compared_a_few_positions_at_a_time(
 ):
   want = evaluate(embedded, contexts, saes)
   # One position of two contexts a device; nothing else is left.
-  monkeypatch.setattr(passes, 'LOGITS', 2 * 2048)
+  monkeypatch.setattr(devices_lib.Devices, 'logits', lambda *_: 2 * 2048)
   got = evaluate(embedded, contexts, saes)
   for name, record in want.items():
     assert_equal(flat(got[name]), flat(record))
@@ -322,8 +322,7 @@ def test_logits_are_compared_a_few_positions_at_a_time(
   hidden = jax.ShapeDtypeStruct((*shape, WIDTH), np.float32)
 
   def temporary(limit):
-    monkeypatch.setattr(passes, 'LOGITS', limit)
-    fn = functools.partial(passes.comparison, embedded.module, 1)
+    fn = functools.partial(passes.comparison, embedded.module, 1, limit)
     lowered = jax.jit(fn).lower(
       embedded.params, ids, mask, hidden, (hidden,) * 3
     )
