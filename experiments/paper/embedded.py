@@ -11,7 +11,11 @@ from experiments import quickstart
 def get_config() -> ml_collections.ConfigDict:
   c = quickstart.get_config()
   c.sites = ('mlp_out.0', 'attn_pre_linear.0')
-  c.train.checkpoint_every = c.train.get_ref('steps') // 4
+  c.train.checkpoint_every = c.train.get_ref('steps') // 8
+  # The standard library's documents are long: all of the held-out part.
+  c.eval.tokens = 65_536
+  c.eval.stride = 3
+  c.eval.batch_size = 64
   # The ends of each arm's range; experiments/paper/arms.py lays more between.
   c.saes = tuple(
     {
@@ -24,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     }
     for site in c.sites
     for architecture, features, rate, ends in (
-      ('gated', 512, 3e-3, (0.06, 0.5)),
-      ('relu', 768, 6e-3, (0.03, 0.3)),
+      ('gated', 256, 3e-3, (0.06, 0.5)),
+      ('relu', 384, 6e-3, (0.03, 0.3)),
     )
     for l1 in ends
   )
