@@ -41,13 +41,20 @@ def saes():
   return found
 
 
-def evaluate(embedded, contexts, saes, layout=('replicated', 1), **changes):
+def evaluate(
+  embedded,
+  contexts,
+  saes,
+  layout=('replicated', 1),
+  devices=None,
+  **changes,
+):
   kind, model = layout
   values = {
     'tokens': TOKENS,
     'batch_size': 8,
     'parallel': 'pmap',
-    'layout': layout_of(embedded, kind, model=model),
+    'layout': layout_of(embedded, kind, model=model, devices=devices),
   }
   evaluator = Evaluator(embedded, contexts, **values | changes)
   return {
@@ -174,6 +181,10 @@ def test_every_metric_equals_its_definition(
   'changes',
   [
     {'parallel': 'mesh'},
+    {'devices': 1},
+    {'devices': 1, 'parallel': 'mesh', 'batch_size': 3},
+    {'devices': 2},
+    {'devices': 2, 'parallel': 'mesh'},
     {'batch_size': 4},
     {'batch_size': 12, 'parallel': 'mesh'},
     {'parallel': 'auto'},
