@@ -171,7 +171,7 @@ def evaluate_step(
       'step': step,
       'tokens_trained': step * batch_size,
       **record(config, measured[k]),
-      'stride': config.eval.stride,
+      'evaluation': settings(config, dashboards),
     }
     for k, m in members.items()
   ]
@@ -189,6 +189,15 @@ def record(
   return first
 
 
+def settings(config: config_lib.Config, dashboards: bool) -> dict:
+  """What an evaluation depends on; batches and devices are not among it."""
+  names = ['stride', 'special_tokens']
+  if dashboards:
+    names += ['top_contexts', 'top_logits']
+  about = {name: getattr(config.eval, name) for name in names}
+  return about | {'text': config.text.path, 'dashboards': dashboards}
+
+
 def is_done(
   config: config_lib.Config, workdir: epath.Path, trained: dict, step: int
 ) -> bool:
@@ -197,15 +206,9 @@ def is_done(
   if not path.exists():
     return False
   first = records.read_records(path)[0]
-  both = config.eval.special_tokens == 'both'
+  wanted = settings(config, has_dashboards(config, trained, step))
   return (
-    first['num_tokens'] == config.eval.tokens
-    and first['stride'] == config.eval.stride
-    and (not both or OTHER_WAY[config.text.special_tokens] in first)
-    and (
-      not has_dashboards(config, trained, step)
-      or features.folder(workdir, step).exists()
-    )
+    first['num_tokens'] == config.eval.tokens and first['evaluation'] == wanted
   )
 
 
@@ -218,9 +221,10 @@ def evaluate_new(
   """Evaluates the checkpoints that wait for it; True if none is to come."""
   first = jax.process_index() == 0
   with Checkpoints(str(workdir), read_only=True) as checkpoints:
-    steps = checkpoints.steps()
-    trained = {step: checkpoints.metadata(step) for step in steps}
-    todo = [s for s in steps if not is_done(config, workdir, trained[s], s)]
+    with processes.together():
+      steps = checkpoints.steps()
+      trained = {step: checkpoints.metadata(step) for step in steps}
+      todo = [s for s in steps if not is_done(config, workdir, trained[s], s)]
     if steps and not todo and not _WATCH.value and first:
       print(
         f'{len(steps)} checkpoint(s) were evaluated before; to do it again, delete '

@@ -113,15 +113,13 @@ def test_what_the_rows_say_of_the_paper():
 
 def test_their_frontiers_compare_as_those_of_our_runs():
   ratios = {
-    (model, site): pareto.l0_ratio(records, 'gated', 'relu')
+    (model, site): pareto.compare(records, 'gated', 'relu')
     for model in tables.MODELS
     for site, records in by_site(model).items()
   }
-  assert ratios['Gemma-7B', 'resid_post.20'] == pytest.approx(0.40, abs=0.005)
-  assert ratios['Pythia-2.8B', 'resid_post.16'] == pytest.approx(
-    0.33, abs=0.005
-  )
-  known = {k: v for k, v in ratios.items() if v is not None}
+  known = {k: c.l0_ratio.value for k, c in ratios.items() if c is not None}
+  assert known['Gemma-7B', 'resid_post.20'] == pytest.approx(0.40, abs=0.005)
+  assert known['Pythia-2.8B', 'resid_post.16'] == pytest.approx(0.33, abs=0.005)
   assert len(known) == 23
   assert [k for k, v in known.items() if v > 1] == [('Gemma-7B', 'mlp_out.27')]
   assert statistics.median(known.values()) == pytest.approx(0.353, abs=0.0005)

@@ -172,7 +172,7 @@ def sae(name, l0, recovered, *, gamma=1.0, l1=0.1, seed=0, alive=1.0, site=SITE,
     'member': f'{name}_{site}_l{l1:g}_s{seed}', 'site': site, 'architecture':
     name if name in ('relu', 'rescale_shift') else 'gated', 'variant': '',
     'features': 64, 'l1_coefficient': l1, 'seed': seed, 'step': 10,
-    'tokens_trained': 1000, 'stride': 1,
+    'tokens_trained': 1000, 'evaluation': {},
   }  # fmt: skip
   return about | metrics.record(sums, fired) | changes, sums
 

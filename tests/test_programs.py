@@ -414,8 +414,10 @@ def test_what_the_config_asks_for_beyond_is_evaluated(smoke, tmp_path):
   assert contexts['mask'][where][where[0] >= 0].all()
   assert np.all(np.diff(of['logit_top_values']) <= 0)
   assert np.all(np.diff(of['logit_bottom_values']) >= 0)
-  with pytest.raises(UserError, match='set eval.dashboards, delete step_20'):
+  with pytest.raises(UserError, match='there are gated_mlp_hidden.0, gated_ml'):
     features.read(copy, 20, 'nobody')
+  with pytest.raises(UserError, match='set eval.dashboards'):
+    features.read(copy, 30, 'gated_mlp_out.0')
 
 
 def test_another_separator_would_hold_out_other_text(smoke, tmp_path):

@@ -50,8 +50,6 @@ class Arm:
 
   def coefficients(self, count: int) -> list[float]:
     """So many, geometrically spaced, to four figures."""
-    if count == 1:
-      return [float(f'{np.sqrt(self.ends[0] * self.ends[1]):.4g}')]
     return [float(f'{v:.4g}') for v in np.geomspace(*self.ends, count)]
 
   def member(self, name: str, l1: float, seed: int, **changes: Any) -> Member:
@@ -176,8 +174,10 @@ def of_shift(
     ablations: of `of_ablations`.
     workdir: where those were trained.
   """
+  rate = pair[0].learning_rate
+  own = {'learning_rate': rate} if rate else {}  # Else it is the run's.
   return tuple(
-    m
+    {k: v for k, v in m.items() if k != 'learning_rate'}
     | {
       'name': m['name'].replace(EQUAL_WIDTH, RESCALE_SHIFT),
       'architecture': 'rescale_shift',
@@ -185,9 +185,7 @@ def of_shift(
       'baseline': workdir,
       'baseline_member': m['name'],
     }
-    | (
-      {'learning_rate': pair[0].learning_rate} if pair[0].learning_rate else {}
-    )
+    | own
     for m in ablations
     if m['name'].startswith(EQUAL_WIDTH)
   )

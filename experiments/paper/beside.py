@@ -80,7 +80,9 @@ def rows() -> Rows:
       if found is not None:
         ratios.append(found.l0_ratio.value)
         shares.append(found.share.value)
-      top = max(own, key=lambda r: r['loss_recovered'])
+      # Rows of a negative L0 stand for nothing.
+      known = [r for r in own if r['l0'] is not None]
+      top = max(known, key=lambda r: r['loss_recovered'])
       best.append(top['architecture'] == 'gated')
     for r in records:
       gammas[r['architecture']].append(r['gamma'])

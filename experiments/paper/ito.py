@@ -2,10 +2,9 @@ r"""Figures 10 and 11: dictionaries without their encoders, at one site.
 
   python -m experiments.paper.ito --config=experiments/paper/embedded.py --workdir=DIR
 
-Of each arm, the SAEs of the first seed whose L0 is nearest to 10, 30 and 100: what
-they recover with their own encoders, and with codes that gradient pursuit finds at
-a number of L0 targets (Appendix A); matching pursuit beside it. Intervals are of
-documents alone.
+Of each arm and seed, the SAEs whose L0 is nearest to 10, 30 and 100: what they
+recover with their own encoders, and with codes that gradient pursuit finds at a
+number of L0 targets (Appendix A); of the first seed, matching pursuit beside it.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from experiments.paper import fragments, study
+from experiments.paper import fragments, runs, study
 from experiments.paper.runs import Run
 from gsae_jax import paths
 from gsae_jax.evaluation import figures, frontiers, page, records, series
@@ -28,11 +27,12 @@ TARGETS = (10, 30, 100)
 
 
 def chosen(arms: Run, site: str) -> list[str]:
-  """Names of the SAEs nearest to `TARGETS` in log L0, Gated's first."""
+  """Names of each seed's SAEs nearest to `TARGETS` in log L0, Gated's first."""
   names = []
   for arm in ('gated', 'relu'):
-    own = [r for r in arms.at(site, arm) if r['seed'] == 0 and r['l0']]
-    if own:
+    there = [r for r in arms.at(site, arm) if r['l0']]
+    for seed in sorted({r['seed'] for r in there}):
+      own = [r for r in there if r['seed'] == seed]
       names += dict.fromkeys(_nearest(own, t)['member'] for t in TARGETS)
   return names
 
@@ -47,7 +47,7 @@ def measure(s: study.Study) -> Run:
   names, folder = chosen(arms, s.ablation_site), s.folder('ito')
   config, finished = s.folder('arms') / 'config.json', folder / 'finished.json'
   c = s.config('arms')
-  about = {'members': names, 'step': c.train.steps, 'eval': c.eval.to_dict()}
+  about = {'members': names, 'arms': json.loads(config.read_text())}
   text = json.dumps(about, indent=1) + '\n'
   if not (finished.exists() and finished.read_text() == text):
     s.command(
@@ -62,9 +62,8 @@ def measure(s: study.Study) -> Run:
 
 
 def _read(folder: epath.Path, step: int) -> Run:
-  found = records.read_documents(folder, step)
   last = records.read_records(records.records_path(folder, step))
-  return Run({step: last}, {step: found}, {})
+  return Run({step: last}, {step: runs.documents_of(folder, step)}, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +116,19 @@ def gaps(ito: Run) -> dict[str, tuple[float, np.ndarray]]:
   out = {}
   for arm in ('gated', 'relu'):
     found = [
-      _above(d, ito.resampled)
+      (d.own, *_above(d, ito.resampled))
       for d in dictionaries(ito)
       if d.own['architecture'] == arm
     ]
-    found = [gap for gap in found if np.isfinite(gap[0])]
+    found = [gap for gap in found if np.isfinite(gap[1])]
     if found:
-      values, drawn = zip(*found, strict=True)
-      out[arm] = float(np.mean(values)), np.mean(drawn, axis=0)
+      own, values, drawn = zip(*found, strict=True)
+      drawn_RM = np.stack(drawn, -1)
+      rng = np.random.default_rng(1)
+      counts_RM = frontiers.seed_draws(own, len(drawn_RM), rng)
+      with np.errstate(invalid='ignore'):  # Seeds that have none of them.
+        mean_R = (drawn_RM * counts_RM).sum(-1) / counts_RM.sum(-1)
+      out[arm] = float(np.mean(values)), mean_R
   return out
 
 
@@ -166,19 +170,20 @@ def fragment(ito: Run) -> str:
       f'{series.label_of(d.own["architecture"])}, trained to L0 '
       f'{d.own["l0"]:.1f}'
     )
-    frames.append(
-      page.frame(
-        heading,
-        'One dictionary, whose codes are found in three ways.',
-        figures.figure(
-          drawn,
-          x_label='L0 (log)',
-          y_label='loss recovered',
-          title=f'Inference-time optimisation, {heading}',
-          log_x=True,
-        ),
+    if d.matching:  # Of the first seed.
+      frames.append(
+        page.frame(
+          heading,
+          'One dictionary, whose codes are found in three ways.',
+          figures.figure(
+            drawn,
+            x_label='L0 (log)',
+            y_label='loss recovered',
+            title=f'Inference-time optimisation, {heading}',
+            log_x=True,
+          ),
+        )
       )
-    )
     for r in (d.own, *d.gradient, *d.matching):
       method = 'own encoder' if r['k'] is None else r['variant']
       recovered = r['loss_recovered']

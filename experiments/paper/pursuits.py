@@ -3,11 +3,12 @@ r"""Evaluates dictionaries of a run without their encoders (Appendix A).
   python -m experiments.paper.pursuits --config=experiments/paper/written.py:DIR/arms/config.json \
       --workdir=DIR/arms --members=NAME,NAME --out=DIR/ito
 
-For each SAE: itself, gradient pursuit and matching pursuit at every K, all on the
-tokens of gsae_jax.evaluate, whose flags and evaluator these are. Writes what it
+For each SAE: itself, gradient pursuit at every K, and, of the first seed, matching
+pursuit beside it, all on the tokens of gsae_jax.evaluate, whose flags and evaluator these are. Writes what it
 writes, below --out. ito.py chooses the SAEs and draws the result.
 """
 
+import dataclasses
 import json
 
 from absl import flags
@@ -22,7 +23,7 @@ from gsae_jax.training.checkpoints import Checkpoints
 
 _MEMBERS = flags.DEFINE_list('members', None, 'Names of the SAEs.')
 _K = flags.DEFINE_list(
-  'k', '5,10,30,100', 'Atoms per token; those above the width are left out.'
+  'k', '5,10,20,40', 'Atoms per token; those above the width are left out.'
 )
 _OUT = flags.DEFINE_string('out', None, 'Where to write.')
 flags.mark_flags_as_required(['members', 'out'])
@@ -38,7 +39,7 @@ def variants(name: str, member: dict, params: dict, ks: list[int]) -> dict:
     )
   }
   decoder = {k: params[k] for k in ('W_dec', 'b_dec')}
-  for method in METHODS:
+  for method in METHODS if member['seed'] == 0 else METHODS[:1]:
     for k in ks:
       module = Pursuit(member['width'], member['features'], k, method)
       found[f'{name}.{method}.{k}'] = (
@@ -62,6 +63,8 @@ def main() -> int:
     params = checkpoints.restore_params(
       step, {name: members[name]['shapes'] for name in _MEMBERS.value}
     )
+  own = dataclasses.replace(config.eval, special_tokens='text')
+  config = dataclasses.replace(config, eval=own)
   evaluator = evaluate.make_evaluator(config, trained)
   values, sums, sites = [], {}, {}
   for dictionary in _MEMBERS.value:
@@ -87,7 +90,7 @@ def main() -> int:
           'step': step,
           'tokens_trained': step * config.train.batch_size,
           **metrics.record(measured.sums, measured.fired_F),
-          'stride': config.eval.stride,
+          'evaluation': evaluate.settings(config, False),
         }
       )
   out = paths.workdir(_OUT.value)

@@ -61,6 +61,21 @@ class Run:
     return [r for r in self.last if r['member'].startswith(wanted)]
 
 
+def documents_of(workdir: epath.Path, step: int) -> records.Documents:
+  """The sums of a step.
+
+  Raises:
+    UserError: they are gone.
+  """
+  found = records.read_documents(workdir, step)
+  if found is None:
+    raise UserError(
+      f'--workdir: {records.documents_path(workdir, step)} is missing; delete '
+      f'{workdir / "eval"} and run the same command again'
+    )
+  return found
+
+
 def read(workdir: epath.Path) -> Run:
   """Reads the folder of one run.
 
@@ -68,17 +83,7 @@ def read(workdir: epath.Path) -> Run:
     UserError: it has not been evaluated, or a file is damaged.
   """
   evaluations = records.read_evaluations(workdir)
-  documents = {
-    step: found
-    for step in evaluations
-    if (found := records.read_documents(workdir, step))
-  }
-  missing = evaluations.keys() - documents.keys()
-  if missing:
-    raise UserError(
-      f'--workdir: {records.documents_path(workdir, max(missing))} is missing; '
-      f'delete {workdir / "eval"} and run the same command again'
-    )
+  documents = {step: documents_of(workdir, step) for step in evaluations}
   c = config_lib.parse(written.get_config(str(workdir / 'config.json')))
   rates = {s.name: s.learning_rate or c.train.learning_rate for s in c.saes}
   return Run(evaluations, documents, rates)
@@ -93,8 +98,11 @@ def joined(found: Sequence[Run]) -> Run:
   if len(found) == 1:
     return found[0]
   steps = [max(run.evaluations) for run in found]
-  ids = [r.documents[s].ids for r, s in zip(found, steps, strict=True)]
-  if not all(np.array_equal(ids[0], other) for other in ids):
+  documents = [r.documents[s] for r, s in zip(found, steps, strict=True)]
+  # By tokens, too: of few documents, others may be evaluated for as long.
+  tokens = [next(iter(d.sums.values()))['tokens'] for d in documents]
+  ids = [d.ids for d in documents]
+  if not all(np.array_equal(a[0], other) for a in (ids, tokens) for other in a):
     raise UserError(
       '--workdir: its runs were evaluated on different documents; delete their '
       'eval folders and run the same command again'

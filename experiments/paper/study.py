@@ -109,7 +109,9 @@ class Study:
     with c.unlocked():
       c.sites = tuple(self.pairs)
       c.saes = self.members[part]
-      if part != 'arms':  # Whose history is drawn; of the rest, only the end is.
+      if (
+        part != 'arms'
+      ):  # Whose history is drawn; of the rest, only the end is.
         c.train.checkpoints_kept = 1
         c.train.checkpoints_kept_every = None
     return c

@@ -38,6 +38,7 @@ def records(model: str) -> list[dict[str, Any]]:
         'site': f'{_SITES[r["site"]]}.{r["layer"]}',
         'architecture': _ARMS[r['architecture']],
         'variant': '',
+        'seed': None,  # Not stated.
         'features': int(r['width']),
         'l1_coefficient': float(r['l1_coefficient']),
         'learning_rate': float(r['learning_rate']),

@@ -5,6 +5,7 @@ draws are the same for every SAE that was evaluated on the same documents: ratio
 and differences between SAEs are paired.
 """
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,11 +14,15 @@ REPLICATES = 1000
 LEVEL = 0.95
 
 
+@functools.cache
 def draws(documents: int, replicates: int = REPLICATES) -> np.ndarray:
   """How often each document is drawn, `[replicates, documents]` float64."""
   rng = np.random.default_rng(0)
   shares = np.full(documents, 1 / documents)
-  return rng.multinomial(documents, shares, size=replicates).astype(np.float64)
+  drawn = rng.multinomial(documents, shares, size=replicates)
+  drawn = drawn.astype(np.float64)
+  drawn.flags.writeable = False  # It is kept.
+  return drawn
 
 
 def resample(

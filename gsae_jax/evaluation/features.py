@@ -61,9 +61,12 @@ def read(
   for name in (member, 'contexts'):
     path = folder(workdir, step) / f'{name}.safetensors'
     if not path.exists():
-      raise UserError(
-        f'{path} is not there; set eval.dashboards, delete step_{step}.json '
-        'beside its folder and run gsae_jax.evaluate again'
+      there = sorted(p.stem for p in path.parent.glob('*.safetensors'))
+      remedy = (
+        f'there are {", ".join(t for t in there if t != "contexts")}'
+        if there
+        else "set eval.dashboards to 'all' and run gsae_jax.evaluate again"
       )
+      raise UserError(f'{path} is not there; {remedy}')
     found.append(safetensors.numpy.load(path.read_bytes()))
   return tuple(found)

@@ -126,10 +126,25 @@ def frontiers(
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """One frontier, and what became of it in each resampling."""
+  """One frontier, and what became of it in each resampling, of so many seeds."""
 
   point: Frontier | None
   drawn: list[Frontier | None]
+  seeds: int
+
+
+def seed_draws(
+  records: Sequence[Record], count: int, rng: np.random.Generator
+) -> np.ndarray:
+  """How often each record is there when whole seeds are drawn anew, `[R, M]`.
+
+  One less is drawn than there are: a bootstrap of n things varies as if they were
+  n - 1 (Rao and Wu 1988), which matters where n is 3. A single one always is.
+  """
+  seeds, of_M = np.unique([r['seed'] for r in records], return_inverse=True)
+  shares = np.full(len(seeds), 1 / len(seeds))
+  drawn_RS = rng.multinomial(max(1, len(seeds) - 1), shares, size=count)
+  return drawn_RS[:, of_M]
 
 
 def side(
@@ -150,19 +165,19 @@ def side(
     if r['l0'] and r['loss_recovered'] is not None
   ]  # fmt: skip
   if not kept:
-    return Side(None, [None] * (bootstrap.REPLICATES if resampled else 0))
+    return Side(None, [None] * (bootstrap.REPLICATES if resampled else 0), 0)
   pick = lambda name: np.array([[r[name] for r in kept]])
   (point,) = frontiers(pick('l0'), pick('loss_recovered'), True)
+  seeds = len({r['seed'] for r in kept})
   if not resampled:
-    return Side(point, [])
+    return Side(point, [], seeds)
   l0_RM, recovered_RM = (
     np.stack([resampled[r['member']][name] for r in kept], -1)
     for name in ('l0', 'loss_recovered')
   )
-  seeds, of_M = np.unique([r['seed'] for r in kept], return_inverse=True)
-  shares = np.full(len(seeds), 1 / len(seeds))
-  drawn_RS = rng.multinomial(len(seeds), shares, size=len(l0_RM)) > 0
-  return Side(point, frontiers(l0_RM, recovered_RM, drawn_RS[:, of_M]))
+  drawn_RM = seed_draws(kept, len(l0_RM), rng) > 0
+  drawn = frontiers(l0_RM, recovered_RM, drawn_RM)
+  return Side(point, drawn, seeds)
 
 
 def _over_range(ours: Frontier, theirs: Frontier) -> tuple[float, float, float]:
@@ -201,6 +216,7 @@ class Comparison:
       None where no L0 is shared.
     levels: of loss recovered, `[K]`.
     ratios: L0 ratio at each of them.
+    seeds: of the side that has fewer; of one, intervals leave training out.
   """
 
   l0_ratio: Estimate
@@ -208,6 +224,7 @@ class Comparison:
   gap: Estimate | None
   levels: np.ndarray
   ratios: tuple[Estimate, ...]
+  seeds: int
 
 
 def compare(
@@ -278,6 +295,7 @@ def compare(
     None if np.isnan(gap) else estimate(gap, gap_R),
     at,
     tuple(estimates),
+    min(a.seeds, b.seeds),
   )
 
 

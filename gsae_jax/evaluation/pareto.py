@@ -69,19 +69,6 @@ def frontier(records: Sequence[Record]) -> list[Record]:
   return [records[i] for i in order_RM[0][kept_RM[0]]]
 
 
-def l0_ratio(
-  records: Sequence[Record], architecture: str, baseline: str
-) -> float | None:
-  """How many features fire, against the baseline at equal loss recovered.
-
-  Returns:
-    L0 of `architecture` over L0 of `baseline`, see `frontiers.Comparison`, or
-    None where the frontiers share no range.
-  """
-  found = compare(records, architecture, baseline)
-  return found and found.l0_ratio.value
-
-
 def compare(
   records: Sequence[Record],
   architecture: str,

@@ -101,7 +101,7 @@ def read_records(path: epath.Path) -> list[Record]:
       raise ValueError('it is empty')
     for record in records:
       pareto.cells(record)
-      record['num_tokens'], record['stride']
+      record['num_tokens'], record['evaluation']
   except (ValueError, TypeError, KeyError) as e:
     raise UserError(
       f'--workdir: {path} is not an evaluation ({e}); delete it and run '

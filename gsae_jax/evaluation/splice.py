@@ -233,9 +233,12 @@ class _Run:
     of, devices = self._of, self._of._devices
     mask = devices.spread(self._policy.masks[batch])
     site_rows, rows, sums, others = {}, {}, {}, []
+    cut = of._lm.module.config.cut
+    # No more than it needs: or a program would be compiled for every group.
+    starts = lambda site: {k: taken[k] for k in (site, *cut(site))}
     for site, mean in self._means.items():
       program = of._compiled(passes.ablated_pass, site)
-      out = program(of._params, ids, mask, taken, mean)
+      out = program(of._params, ids, mask, starts(site), mean)
       site_rows[site] = out.rows
       others += out.kept
     for name, (module, site, _) in self._saes.items():
@@ -245,7 +248,9 @@ class _Run:
         size = len(self._policy.masks[batch])
         numbers = batch * size + np.arange(size, dtype=np.int32)
         heap = self._top[name], devices.spread(numbers)
-      out = program(of._params, ids, mask, taken, self._params[name], heap)
+      out = program(
+        of._params, ids, mask, starts(site), self._params[name], heap
+      )
       rows[name], sums[name] = out.rows, out.sums
       state, heap = out.kept
       others.append(state)

@@ -182,7 +182,9 @@ class Checkpoints:
       step: a finished one.
       members: shape of each parameter, by member and name.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    # In host memory: a device may not hold all members together.
+    host = jax.local_devices(backend='cpu')[0]
+    device = jax.sharding.SingleDeviceSharding(host)
     abstract = {
       name: {
         'params': {

@@ -17,7 +17,7 @@ def record(member, architecture, l0, recovered, **changes):
     'ce_clean': 3.4, 'ce_spliced': 3.5, 'ce_zero_ablation': 5.0,
     'kl_clean_spliced': 0.1, 'gamma': 0.99, 'explained_variance': 0.9,
     'mse': 1.0, 'cosine': 0.9, 'alive_fraction': 1.0, 'num_tokens': 1000,
-    'stride': 1,
+    'evaluation': {},
   }  # fmt: skip
   return values | changes
 
@@ -49,15 +49,15 @@ def test_frontier_keeps_what_nothing_beats():
 
 @pytest.mark.parametrize('factor', [0.4, 1.0, 1.7])
 def test_l0_ratio_at_equal_loss_recovered(factor):
-  ratio = pareto.l0_ratio(two_arms(factor), 'gated', 'relu')
+  ratio = pareto.compare(two_arms(factor), 'gated', 'relu').l0_ratio.value
   np.testing.assert_allclose(ratio, factor, rtol=1e-12)
 
 
 def test_l0_ratio_without_a_common_range():
   records = [r for r in two_arms(0.5) if r['architecture'] == 'relu']
   apart = [record('x', 'gated', 5, 0.1), record('y', 'gated', 6, 0.2)]
-  assert pareto.l0_ratio(records + apart, 'gated', 'relu') is None
-  assert pareto.l0_ratio(records, 'gated', 'relu') is None
+  assert pareto.compare(records + apart, 'gated', 'relu') is None
+  assert pareto.compare(records, 'gated', 'relu') is None
 
 
 def test_table_has_a_row_per_record_and_survives_a_silent_sae():

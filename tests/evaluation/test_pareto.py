@@ -29,7 +29,7 @@ def sae(kind, i, l0, recovered, *, seed=0, rng=None):
   record = metrics.record(measured, np.ones(4)) | {
     'member': member, 'architecture': kind, 'variant': '', 'site': 'mlp_out.0',
     'seed': seed, 'l1_coefficient': 0.1, 'tokens_trained': 100, 'features': 4,
-    'stride': 1,
+    'evaluation': {},
   }  # fmt: skip
   return record, measured
 
