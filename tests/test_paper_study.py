@@ -25,7 +25,7 @@ from experiments.paper import pareto as pareto_lib
 from experiments.paper import study as study_lib
 from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
-from gsae_jax.evaluation import metrics, records
+from gsae_jax.evaluation import metrics, pareto, records
 from gsae_jax.evaluation.frontiers import Estimate
 
 SITE = 'mlp_out.0'
@@ -195,22 +195,16 @@ def as_run(found):
   return runs.Run(step, {10: records.Documents(ids, sums)}, {})
 
 
-def pursuits(arm, l0, own, factor, rng, **changes):
-  about = {'dictionary': f'{arm}{l0}', 'architecture': arm} | changes
-  out = [sae(f'{arm}{l0}', l0, own, rng=rng, method='encoder', k=None, **about)]
+def pursuits(arm, l0, own, factor, rng, seed, **changes):
+  name = f'{arm}{l0}'
+  about = {
+    'dictionary': f'{name}_s{seed}', 'architecture': arm, 'seed': seed,
+  } | changes  # fmt: skip
+  out = [sae(name, l0, own, rng=rng, method='encoder', k=None, **about)]
   for k in (5, 10, 20, 40, 80):
     level = 0.6 + 0.1 * np.log2(k / factor / 10)
-    out.append(
-      sae(
-        f'{arm}{l0}.gradient.{k}',
-        k,
-        level,
-        rng=rng,
-        method='gradient',
-        k=k,
-        **about,
-      )  # fmt: skip
-    )
+    of = {'rng': rng, 'method': 'gradient', 'k': k} | about
+    out.append(sae(f'{name}.gradient.{k}', k, level, **of))
   return out
 
 
@@ -245,10 +239,10 @@ def findings(**changes):
   )
   ito = []
   for arm, factor in (('gated', v['ito']), ('relu', 1.0)):
-    for l0, better in ((20, 1.0), (60, v['far'])):
-      level = 0.6 + 0.1 * np.log2(l0 / 20)
-      recovered = v[f'{arm}_own'] + level - 0.6
-      ito += pursuits(arm, l0, recovered, factor * better, rng, **own)
+    for l0, better in ((15, 1.0), (60, v['far'])):
+      recovered = v[f'{arm}_own'] + 0.1 * np.log2(l0 / 20)
+      for seed in (0, 1):
+        ito += pursuits(arm, l0, recovered, factor * better, rng, seed, **own)
   return claims.Findings(
     as_run(arms_found),
     as_run(arms_found + others),
@@ -316,6 +310,21 @@ def test_every_claim_can_hold():
 )  # fmt: skip
 def test_both_sides_of_every_rule(start, changes, wanted):
   assert verdict(start, **changes) == wanted
+
+
+def test_one_seed_decides_no_comparison():
+  """Its interval, of documents alone, would leave training out."""
+  rng = np.random.default_rng(0)
+  both = frontier('gated', 0.4, rng) + frontier('relu', 1.0, rng)
+  for seeds, decides in (((0, 1), True), ((0,), False)):
+    run = as_run([(r, s) for r, s in both if r['seed'] in seeds])
+    found = pareto.compare(run.last, 'gated', 'relu', run.resampled)
+    assert found.seeds == len(seeds) and found.l0_ratio.interval
+    kept = claims._decisive(found)
+    assert (kept.interval is not None) == decides
+    assert kept.value == found.l0_ratio.value
+    wanted = verdicts.HOLDS if decides else verdicts.UNDECIDED
+    assert verdicts.below(kept, 0.5) == wanted
 
 
 def test_one_document_decides_nothing_that_has_an_interval():

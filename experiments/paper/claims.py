@@ -39,7 +39,7 @@ from experiments.paper.runs import Run
 from gsae_jax import paths
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
-from gsae_jax.evaluation import frontiers, pareto
+from gsae_jax.evaluation import bootstrap, frontiers, pareto
 from gsae_jax.evaluation.frontiers import Estimate
 from gsae_jax.evaluation.pareto import Record
 from gsae_jax.restore import load
@@ -299,7 +299,9 @@ def _growth(relu: Sequence[Record], arms: Run) -> Estimate | None:
 
   def mean(end):
     drawn_RM = np.stack([arms.resampled[r['member']]['gamma'] for r in end], -1)
-    counts_RM = frontiers.seed_draws(end, len(drawn_RM), rng)
+    counts_RM = bootstrap.seed_draws(
+      [r['seed'] for r in end], len(drawn_RM), rng
+    )
     return (
       np.mean([r['gamma'] for r in end]),
       np.average(drawn_RM, axis=-1, weights=counts_RM),

@@ -18,7 +18,14 @@ from etils import epath
 from experiments.paper import fragments, runs, study
 from experiments.paper.runs import Run
 from gsae_jax import paths
-from gsae_jax.evaluation import figures, frontiers, page, records, series
+from gsae_jax.evaluation import (
+  bootstrap,
+  figures,
+  frontiers,
+  page,
+  records,
+  series,
+)
 from gsae_jax.evaluation.frontiers import Comparison, Replicates
 from gsae_jax.evaluation.pareto import Record
 
@@ -125,7 +132,9 @@ def gaps(ito: Run) -> dict[str, tuple[float, np.ndarray]]:
       own, values, drawn = zip(*found, strict=True)
       drawn_RM = np.stack(drawn, -1)
       rng = np.random.default_rng(1)
-      counts_RM = frontiers.seed_draws(own, len(drawn_RM), rng)
+      counts_RM = bootstrap.seed_draws(
+        [r['seed'] for r in own], len(drawn_RM), rng
+      )
       with np.errstate(invalid='ignore'):  # Seeds that have none of them.
         mean_R = (drawn_RM * counts_RM).sum(-1) / counts_RM.sum(-1)
       out[arm] = float(np.mean(values)), mean_R

@@ -6,7 +6,7 @@ and differences between SAEs are paired.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -59,3 +59,17 @@ def interval(values: np.ndarray, level: float = LEVEL) -> list[float] | None:
   tail = 50 * (1 - level)
   low, high = np.percentile(finite, [tail, 100 - tail])
   return [float(low), float(high)]
+
+
+def seed_draws(
+  seeds_M: Sequence[int], count: int, rng: np.random.Generator
+) -> np.ndarray:
+  """How often each of M SAEs is there when whole seeds are drawn anew, `[R, M]`.
+
+  One less is drawn than there are: a bootstrap of n things varies as if they were
+  n - 1 (Rao and Wu 1988), which matters where n is 3. A single one always is.
+  """
+  seeds, of_M = np.unique(seeds_M, return_inverse=True)
+  shares = np.full(len(seeds), 1 / len(seeds))
+  drawn_RS = rng.multinomial(max(1, len(seeds) - 1), shares, size=count)
+  return drawn_RS[:, of_M]

@@ -133,20 +133,6 @@ class Side:
   seeds: int
 
 
-def seed_draws(
-  records: Sequence[Record], count: int, rng: np.random.Generator
-) -> np.ndarray:
-  """How often each record is there when whole seeds are drawn anew, `[R, M]`.
-
-  One less is drawn than there are: a bootstrap of n things varies as if they were
-  n - 1 (Rao and Wu 1988), which matters where n is 3. A single one always is.
-  """
-  seeds, of_M = np.unique([r['seed'] for r in records], return_inverse=True)
-  shares = np.full(len(seeds), 1 / len(seeds))
-  drawn_RS = rng.multinomial(max(1, len(seeds) - 1), shares, size=count)
-  return drawn_RS[:, of_M]
-
-
 def side(
   records: Sequence[Record],
   resampled: Replicates | None,
@@ -168,14 +154,15 @@ def side(
     return Side(None, [None] * (bootstrap.REPLICATES if resampled else 0), 0)
   pick = lambda name: np.array([[r[name] for r in kept]])
   (point,) = frontiers(pick('l0'), pick('loss_recovered'), True)
-  seeds = len({r['seed'] for r in kept})
+  seeds_M = [r['seed'] for r in kept]
+  seeds = len(set(seeds_M))
   if not resampled:
     return Side(point, [], seeds)
   l0_RM, recovered_RM = (
     np.stack([resampled[r['member']][name] for r in kept], -1)
     for name in ('l0', 'loss_recovered')
   )
-  drawn_RM = seed_draws(kept, len(l0_RM), rng) > 0
+  drawn_RM = bootstrap.seed_draws(seeds_M, len(l0_RM), rng) > 0
   drawn = frontiers(l0_RM, recovered_RM, drawn_RM)
   return Side(point, drawn, seeds)
 
