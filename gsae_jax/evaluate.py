@@ -245,6 +245,9 @@ def evaluate_new(
       with processes.leaving_with_the_others():
         contents = evaluate_step(config, evaluator, checkpoints, step)
       with processes.together():
+        stale = features.folder(workdir, step)
+        if contents and stale.exists():  # Of another evaluation.
+          stale.rmtree()
         for name, content in contents.items():
           paths.write_whole(workdir / 'eval' / name, content)
     return bool(last)

@@ -145,12 +145,20 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path, monkeypatch):
   wanted = ['gsae_jax.harvest', 'gsae_jax.train', 'gsae_jax.evaluate']
   assert ran == wanted
   c.train.batch_size = 64
-  with pytest.raises(UserError, match='begun with loader.shuffle_rows=8192'):
+  study(c, tmp_path).run('arms')  # Nothing was computed with the other one.
+  (tmp_path / 'arms' / 'checkpoints').mkdir()
+  c.train.batch_size = 128
+  with pytest.raises(
+    UserError, match='shuffle_rows=1024, and here it is 2048, and 1 more differ'
+  ):
     study(c, tmp_path).run('arms')
-  c = embedded.get_config()
+  c.train.batch_size = 64
+  study(c, tmp_path).run('arms')
+  with pytest.raises(UserError, match='begun with other SAEs'):
+    study(c, tmp_path, seeds=2).run('arms')
   c.eval.tokens = 5  # Evaluation may change.
   study(c, tmp_path).run('arms')
-  assert ran == wanted * 2
+  assert ran == wanted * 4
 
 
 # Claims, on records whose truth is known.

@@ -21,6 +21,7 @@ from experiments.paper import (
   study,
   toy,
 )
+from experiments.paper.runs import Run
 from gsae_jax import paths
 from gsae_jax.evaluation import page
 
@@ -50,6 +51,16 @@ def body(s: study.Study, found: claims.Findings) -> str:
   )
 
 
+def _worth(arms: Run) -> str:
+  """How many documents of equal length would tell as much."""
+  n = next(iter(arms.documents[max(arms.evaluations)].sums.values()))['tokens']
+  if len(n) < 2:
+    return (
+      ' (of one, there are no intervals and few verdicts: raise eval.tokens)'
+    )
+  return f' (as good as {n.sum() ** 2 / (n**2).sum():.0f} of equal length)'
+
+
 def main(s: study.Study) -> None:
   found = claims.findings(s)
   results.write(s, found.everything)
@@ -59,7 +70,7 @@ def main(s: study.Study) -> None:
     f'{len(found.everything.last)} SAEs after {last["tokens_trained"]:,} '
     f'activations each, {s.coefficients} coefficients by {s.seeds} seeds an arm; '
     f'evaluated on {last["num_tokens"]:,} tokens of {last["num_documents"]:,} '
-    f'held-out documents; clean cross-entropy {last["ce_clean"]:.4f} nats per '
+    f'held-out documents{_worth(found.arms)}; clean cross-entropy {last["ce_clean"]:.4f} nats per '
     'prediction. After arXiv 2404.16014.'
   )
   head = f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'

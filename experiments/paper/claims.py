@@ -235,10 +235,7 @@ def _shrinkage(found: Findings) -> Iterator[Claim]:
   for site in found.arms.sites:
     gated, relu = (found.arms.at(site, name) for name in ('gated', 'relu'))
     shrunk = [
-      r['l0']
-      for r in relu
-      if r['gamma'] is not None
-      and verdicts.below(_gamma(r), _SHRUNK) == verdicts.HOLDS
+      r['l0'] for r in relu if r['gamma'] is not None and r['gamma'] < _SHRUNK
     ]
     there = [
       r for r in gated if shrunk and min(shrunk) <= r['l0'] <= max(shrunk)
@@ -249,7 +246,8 @@ def _shrinkage(found: Findings) -> Iterator[Claim]:
       '4.2, Fig. 6, 14',
       f'γ ≈ 1; {rows.gamma_text()}',
       site,
-      f'γ of {len(gammas)} Gated SAEs {_span([e.value for e in gammas])}',
+      f'γ of {len(gammas)} Gated SAEs {_span([e.value for e in gammas])}, where '
+      f'{len(shrunk)} baselines have less than {_SHRUNK:g}',
       f'where baselines of γ below {_SHRUNK:g} are, every Gated SAE’s interval '
       f'lies within {_UNBIASED[0]:g} to {_UNBIASED[1]:g}',
       verdicts.within(gammas, *_UNBIASED),

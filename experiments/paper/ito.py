@@ -96,15 +96,22 @@ def dictionaries(ito: Run) -> list[Dictionary]:
 
 
 def best(ito: Run) -> dict[str, list[Record]]:
-  """By arm, the gradient pursuits of all its dictionaries."""
-  return {
-    arm: [
-      r
-      for r in ito.last
-      if r['architecture'] == arm and r['method'] == 'gradient'
-    ]
-    for arm in ('gated', 'relu')
-  }
+  """By arm, the gradient pursuits of the best dictionary of each seed and K.
+
+  Clipping leaves some a hundredth of an atom below K, which is no reason to prefer
+  a worse one.
+  """
+  out = {}
+  for arm in ('gated', 'relu'):
+    top = {}
+    for r in ito.last:
+      if r['architecture'] == arm and r['method'] == 'gradient':
+        at = r['seed'], r['k']
+        top[at] = max(
+          r, top.get(at, r), key=lambda r: r['loss_recovered'] or -math.inf
+        )
+    out[arm] = list(top.values())
+  return out
 
 
 def comparison(ito: Run) -> Comparison | None:

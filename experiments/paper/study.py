@@ -14,6 +14,7 @@ import functools
 import html
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -167,14 +168,21 @@ class Study:
     # In a group of its own: a signal of the terminal comes once, from here.
     process = subprocess.Popen(command, process_group=0)
     told = False
-    while True:
-      try:
-        code = process.wait(timeout=0.2)
-        break
-      except subprocess.TimeoutExpired:
-        if self.preempted() and not told:
-          process.terminate()
-          told = True
+    try:
+      while True:
+        try:
+          code = process.wait(timeout=0.2)
+          break
+        except subprocess.TimeoutExpired:
+          if self.preempted() and not told:
+            # It must not be left alone: whoever asks twice waits for it, too.
+            for number in (signal.SIGTERM, signal.SIGINT):
+              signal.signal(number, signal.SIG_IGN)
+            process.terminate()
+            told = True
+    finally:
+      if process.poll() is None:
+        process.terminate()
     if code == PREEMPTED or told:
       raise Preempted
     if code < 0:
@@ -187,8 +195,8 @@ class Study:
 
 def _check(path: epath.Path, config: config_lib.Config) -> None:
   """Refuses another config than the one that a folder was begun with."""
-  if not path.exists():
-    return
+  if not (path.exists() and (path.parent / 'checkpoints').exists()):
+    return  # Nothing was computed with it.
   try:
     before = config_lib.parse(written.get_config(str(path)))
   except ValueError as e:
@@ -196,13 +204,21 @@ def _check(path: epath.Path, config: config_lib.Config) -> None:
       f'--workdir: {path} cannot be read ({e}); use another folder'
     ) from e
   there, here = (dict(_flat(_fixed(c))) for c in (before, config))
-  for name in sorted(there.keys() | here.keys()):
-    if there.get(name) != here.get(name):
-      raise UserError(
-        f'--config: {path.parent} was begun with {name}={there.get(name)!r}, '
-        f'and here it is {here.get(name)!r}; change it back or use another '
-        '--workdir'
-      )
+  members = {n for tree in (there, here) for n in tree if n.startswith('saes.')}
+  if members - there.keys() or members - here.keys():
+    raise UserError(
+      f'--config: {path.parent} was begun with other SAEs (sites, '
+      "--coefficients, --seeds and the ablations' flags make them); change that "
+      'back or use another --workdir, which may have the same --store'
+    )
+  differ = [n for n in there if there[n] != here.get(n)]
+  if differ:
+    more = f', and {len(differ) - 1} more differ' if differ[1:] else ''
+    raise UserError(
+      f'--config: {path.parent} was begun with {differ[0]}={there[differ[0]]!r}, '
+      f'and here it is {here.get(differ[0])!r}{more}; change it back or use '
+      'another --workdir'
+    )
 
 
 def _fixed(config: config_lib.Config) -> dict[str, Any]:
@@ -254,6 +270,11 @@ def define_flags() -> Callable[[], Study]:
     if chosen not in sites:
       raise UserError(
         f'--ablation_site: {chosen!r} has not both arms; {", ".join(sites)} do'
+      )
+    if few.value > coefficients.value:
+      raise UserError(
+        f'--ablation_coefficients: {few.value} of {coefficients.value} '
+        '--coefficients; give fewer'
       )
     folder = paths.workdir(workdir.value)
     own = str(folder / 'store')
