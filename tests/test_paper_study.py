@@ -149,7 +149,7 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path, monkeypatch):
   (tmp_path / 'arms' / 'checkpoints').mkdir()
   c.train.batch_size = 128
   with pytest.raises(
-    UserError, match='shuffle_rows=1024, and here it is 2048, and 1 more differ'
+    UserError, match='batch_size=64, and here it is 128, and 1 more differ'
   ):
     study(c, tmp_path).run('arms')
   c.train.batch_size = 64
