@@ -147,7 +147,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval.tokens = 32_768
   # Every so manieth context of the held-out text: of a few long documents, more
   # are seen, and intervals are over documents.
-  c.eval.stride = 4
+  c.eval.stride = 1
   c.eval.batch_size = 32  # Contexts per pass, over all devices.
   # 'pmap' or 'mesh', the same numbers; 'auto' is pmap where devices hold the
   # whole language model.

@@ -57,6 +57,5 @@ def get_config() -> ml_collections.ConfigDict:
     )
     for l1 in (0.03, 0.06, 0.12, 0.24)
   )
-  c.eval.stride = 1  # Stories are short.
   c.eval.batch_size = 16
   return c

@@ -99,7 +99,6 @@ def accelerator(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c.train.checkpoints_kept_every = c.train.get_ref('steps') // 2
   c.train.log_every = 100
   c.eval.tokens = 2**20  # "Over one million" (D.2).
-  c.eval.stride = 1  # Of some thousand documents.
   return c
 
 
