@@ -1,6 +1,11 @@
 r"""The paper's study on the embedded language model: two sites of its one layer.
 
-python -m experiments.paper.all --config=experiments/paper/embedded.py --workdir=DIR
+  python -m experiments.paper.all --config=experiments/paper/embedded.py --workdir=DIR
+
+Takes about an hour and a half on a core of two (AMD EPYC, Python 3.11, JAX 0.10.2)
+that did other work beside, without Appendix A. Gives, after 3.07 M activations per
+SAE, L0 of Gated at equal loss recovered 0.477 [0.453, 0.511] of the baseline's at
+mlp_out.0 and 0.429 [0.393, 0.465] at attn_pre_linear.0; all in RESULTS.md.
 """
 
 import ml_collections

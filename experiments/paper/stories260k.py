@@ -4,6 +4,11 @@ The model and its text are given as for experiments/stories260k.py:
 
   F="--config.lm.path=FOLDER --config.text.path=FILE"
   python -m experiments.paper.all --config=experiments/paper/stories260k.py $F --workdir=DIR
+
+Takes about an hour and a half on a core of two (AMD EPYC, Python 3.11, JAX 0.10.2)
+that did other work beside. Gives, after 3.07 M activations per SAE, L0 of Gated at
+equal loss recovered 0.704 [0.642, 0.725] of the baseline's at mlp_out.2, still
+rising, and 0.850 [0.821, 0.875] at resid_post.2; all in RESULTS.md.
 """
 
 import ml_collections
