@@ -393,20 +393,15 @@ def test_what_the_config_asks_for_beyond_is_evaluated(smoke, tmp_path):
   _, workdir, *_ = smoke
   copy = tmp_path / 'run'
   shutil.copytree(workdir, copy)
-  assert not (copy / 'eval/step_20.features').exists()
+  stale = copy / 'eval/step_20.features'
+  assert not stale.exists()
   said = 'were evaluated before'
   for flags in (
-    ('--config.eval.dashboards=all', '--config.eval.special_tokens=both'),
     ('--config.eval.stride=2',),
+    ('--config.eval.dashboards=all', '--config.eval.special_tokens=both'),
   ):
     assert said not in run('evaluate', f'--workdir={copy}', *flags)
     assert said in run('evaluate', f'--workdir={copy}', *flags)
-  assert said not in run('evaluate', f'--workdir={copy}')
-  assert said in run('evaluate', f'--workdir={copy}')
-  # The figures of the first time.
-  for step in (0, 20, 40):
-    name = f'eval/step_{step}.json'
-    assert (copy / name).read_text() == (workdir / name).read_text()
   of, contexts = features.read(copy, 20, 'gated_mlp_out.0')
   assert of['top_contexts'].shape == of['logit_top_ids'].shape == (64, 10)
   assert of['density'].shape == of['mean_activation'].shape == (64,)
@@ -416,8 +411,15 @@ def test_what_the_config_asks_for_beyond_is_evaluated(smoke, tmp_path):
   assert np.all(np.diff(of['logit_bottom_values']) >= 0)
   with pytest.raises(UserError, match='there are gated_mlp_hidden.0, gated_ml'):
     features.read(copy, 20, 'nobody')
+  assert said not in run('evaluate', f'--workdir={copy}')
+  assert said in run('evaluate', f'--workdir={copy}')
+  # The figures of the first time, and nothing of the others.
+  for step in (0, 20, 40):
+    name = f'eval/step_{step}.json'
+    assert (copy / name).read_text() == (workdir / name).read_text()
+  assert not stale.exists()
   with pytest.raises(UserError, match='set eval.dashboards'):
-    features.read(copy, 30, 'gated_mlp_out.0')
+    features.read(copy, 20, 'gated_mlp_out.0')
 
 
 def test_another_separator_would_hold_out_other_text(smoke, tmp_path):
