@@ -31,6 +31,14 @@ def _reason(e: Exception) -> str:
   return f'{type(e).__name__}: {first}'
 
 
+def _host() -> jax.Device:
+  """Host memory, where all members have room together, if JAX is let use it."""
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS names accelerators alone.
+    return jax.local_devices()[0]
+
+
 class _Preserved(preservation_policy.PreservationPolicy):
   """The latest few, every so many steps, and those that are pinned."""
 
@@ -182,9 +190,7 @@ class Checkpoints:
       step: a finished one.
       members: shape of each parameter, by member and name.
     """
-    # In host memory: a device may not hold all members together.
-    host = jax.local_devices(backend='cpu')[0]
-    device = jax.sharding.SingleDeviceSharding(host)
+    device = jax.sharding.SingleDeviceSharding(_host())
     abstract = {
       name: {
         'params': {
