@@ -505,3 +505,16 @@ def test_sizes_that_the_mesh_does_not_divide(store):
     )
   with pytest.raises(UserError, match='data=3 x model=1 does not cover 4'):
     make_mesh(3, 1)
+
+
+def test_parameters_are_read_where_jax_has_no_cpu(monkeypatch):
+  devices = jax.local_devices()
+
+  def local_devices(backend=None):
+    if backend:
+      raise RuntimeError('Unknown backend cpu')
+    return devices[2:]
+
+  assert checkpoints._host() == devices[0]
+  monkeypatch.setattr(jax, 'local_devices', local_devices)
+  assert checkpoints._host() == devices[2]
