@@ -11,6 +11,7 @@ from gsae_jax.errors import Preempted, UserError
 from gsae_jax.mesh import make_mesh
 from gsae_jax.restore import load
 from gsae_jax.sae import TRAINED, VARIANTS, make_module
+from gsae_jax.training import checkpoints as checkpoints_lib
 from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.groups import make_groups
@@ -515,6 +516,6 @@ def test_parameters_are_read_where_jax_has_no_cpu(monkeypatch):
       raise RuntimeError('Unknown backend cpu')
     return devices[2:]
 
-  assert checkpoints._host() == devices[0]
+  assert checkpoints_lib._host() == devices[0]
   monkeypatch.setattr(jax, 'local_devices', local_devices)
-  assert checkpoints._host() == devices[2]
+  assert checkpoints_lib._host() == devices[2]
