@@ -74,9 +74,14 @@ def test_the_evaluator_finds_them(parallel, kind, model, embedded, saes):  # noq
   f = module.apply({'params': params}, taken[site])['f']
   f = np.where(evaluator.mask_CL[..., None], f, 0)
   values, where, positions = sorted_by_hand(f, K)
-  np.testing.assert_allclose(found.top.activations_FK, values, atol=2e-6)
-  # A near-tie may fall either way in another program.
-  assert np.mean(found.top.contexts_FK == where) > 0.999
-  assert np.mean(found.top.positions_FK == positions) > 0.999
+  # Rounding of a product goes with the norms of its factors, not with what they
+  # add up to; another division of the model adds up in another order.
+  largest = np.linalg.norm(taken[site] - params['b_dec'], axis=-1).max()
+  np.testing.assert_allclose(
+    found.top.activations_FK, values, rtol=0, atol=1e-6 * largest
+  )
+  # A near-tie may fall either way in another program, and so may a gate.
+  assert np.sum(found.top.contexts_FK != where) <= 4
+  assert np.sum(found.top.positions_FK != positions) <= 4
   np.testing.assert_allclose(found.activation_F, f.sum((0, 1)), rtol=1e-4)
-  np.testing.assert_array_equal(found.fired_F, (f > 0).sum((0, 1)))
+  assert np.abs(found.fired_F - (f > 0).sum((0, 1))).sum() <= 2
