@@ -1,6 +1,6 @@
 r"""Tokens per second of harvesting, against PyTorch stopped behind the same layer.
 
-  python benchmarks/harvest.py            (needs torch; about two minutes)
+  python -m benchmarks.harvest            (needs torch; about two minutes)
 
 A Pythia-shaped model: 6 layers, width 512, 8 heads, vocabulary 50304; 8 contexts
 of 256 tokens, float32, the residual stream behind the third layer. PyTorch runs
@@ -11,14 +11,14 @@ take turns, and what is given is the median of the ratios of rounds. With
 --device=gpu both run on the GPU in bfloat16, 64 contexts of 1024.
 """
 
-import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+
+import numpy as np
+
+from benchmarks import comparison, record, turns
+from benchmarks.products import PRODUCTS, command
 
 SHAPE = {
   'vocab_size': 50304,
@@ -32,15 +32,16 @@ SHAPE = {
   'eos_token_id': 0,
 }
 LAYER = 2
+CONTEXTS = {'cpu': (8, 256), 'gpu': (64, 1024)}
 
 
 def parse():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
-  parser.add_argument('--rounds', type=int, default=11)
-  parser.add_argument('--worker', choices=('gsae_jax', 'torch'))
-  parser.add_argument('--folder')
-  return parser.parse_args()
+  flags = record.parser(__doc__, rounds=11)
+  flags.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
+  flags.add_argument('--core', type=int, default=0, help='Of the CPU.')
+  flags.add_argument('--worker', choices=('gsae_jax', 'torch'))
+  flags.add_argument('--folder', help='Of the model; for workers.')
+  return flags.parse_args()
 
 
 def make_model(folder):
@@ -49,17 +50,16 @@ def make_model(folder):
   import transformers
 
   torch.manual_seed(0)
+  transformers.utils.logging.disable_progress_bar()
   config = transformers.GPTNeoXConfig(**SHAPE)
   transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
   words = tokenizers.models.WordLevel({'a': 0}, 'a')
   tokenizers.Tokenizer(words).save(os.path.join(folder, 'tokenizer.json'))
 
 
-def make_ids(args):
-  import numpy as np
-
-  shape = (8, 256) if args.device == 'cpu' else (64, 1024)
-  return np.random.default_rng(0).integers(0, 50304, shape).astype(np.int32)
+def make_ids(device):
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 50304, CONTEXTS[device]).astype(np.int32)
 
 
 def ours(args):
@@ -77,14 +77,16 @@ def ours(args):
   site = f'resid_post.{LAYER}'
   params = lm.load(layout.place, blocks=config.blocks_for((site,)))
   forward = make_forward(lm.module, layout, (site,))
-  ids = make_ids(args)
-  run = lambda: forward(params, ids, {site: None}, dtype=dtype)[site]
-  return lambda: jax.device_get(run())
+  given = params, make_ids(args.device), {site: None}
+  cost = forward.lower(*given, dtype=dtype).compile().cost_analysis()
+  run = lambda: jax.device_get(forward(*given, dtype=dtype)[site])
+  return run, cost['flops'], jax.devices()[0].device_kind
 
 
 def theirs(args):
   import torch
   import transformers
+  from torch.utils.flop_counter import FlopCounterMode
 
   if args.device == 'cpu':
     torch.set_num_threads(1)
@@ -94,7 +96,7 @@ def theirs(args):
     args.folder, dtype=dtype, attn_implementation='sdpa'
   ).to(device)
   model.eval()
-  ids = torch.from_numpy(make_ids(args)).long().to(device)
+  ids = torch.from_numpy(make_ids(args.device)).long().to(device)
   found = []
 
   class Left(Exception):
@@ -115,76 +117,70 @@ def theirs(args):
         pass
     return found[0].float().cpu().numpy()
 
-  return run
-
-
-def work(args):
-  """Answers every line on standard input with the seconds of one pass."""
-  import numpy as np
-
-  run = {'gsae_jax': ours, 'torch': theirs}[args.worker](args)
-  sample = np.asarray(run(), np.float64).ravel()[::1009]
-  print(json.dumps(sample.tolist()), flush=True)
-  # One thread: what other programs do meanwhile does not count.
-  clock = time.process_time if args.device == 'cpu' else time.perf_counter
-  for _ in sys.stdin:
-    start = clock()
+  with FlopCounterMode(display=False) as counter:
     run()
-    print(clock() - start, flush=True)
+  name = torch.cuda.get_device_name() if args.device == 'gpu' else 'cpu'
+  return run, counter.get_total_flops(), name
 
 
-def start(args, name, folder):
-  command = [sys.executable, __file__, f'--worker={name}', f'--folder={folder}']
-  command.append(f'--device={args.device}')
-  env = dict(os.environ)
-  if args.device == 'cpu':
-    command = ['taskset', '-c', '0', *command]
-    env |= {
-      'MALLOC_MMAP_THRESHOLD_': '4000000000',
-      'MALLOC_TRIM_THRESHOLD_': '8000000000',
-      'OMP_NUM_THREADS': '1',
-      'JAX_PLATFORMS': 'cpu',
+def make(args) -> turns.Side:
+  run, flops, device = {'gsae_jax': ours, 'torch': theirs}[args.worker](args)
+  sample = np.asarray(run(), np.float64).ravel()[::1009]
+  return turns.Side(
+    run, {'flops': flops, 'device': device, 'sample': sample.tolist()}
+  )
+
+
+def measure(args):
+  """What came of the turns."""
+  tokens = np.prod(CONTEXTS[args.device]).item()
+  sizes = tokens, SHAPE['hidden_size'], SHAPE['intermediate_size']
+  with tempfile.TemporaryDirectory() as folder:
+    make_model(folder)
+    flags = f'--folder={folder}', f'--device={args.device}'
+    worker = sys.executable, '-m', 'benchmarks.harvest', *flags
+    commands = {
+      name: [*worker, f'--worker={name}'] for name in ('gsae_jax', 'torch')
     }
-  pipe = subprocess.PIPE
-  return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, text=True)
+    commands[PRODUCTS] = command(
+      *sizes, device=args.device, times=1, gradient=False
+    )
+    measured = turns.measure(
+      commands,
+      rounds=args.rounds,
+      core=args.core if args.device == 'cpu' else None,
+    )
+  for name, reason in measured.failed.items():
+    sys.exit(f'error: {name}: {reason.removeprefix("error: ")}')
+  return measured
 
 
 def main():
   args = parse()
   if args.worker:
-    return work(args)
-  import numpy as np
-
-  names = 'gsae_jax', 'torch'
-  tokens = make_ids(args).size
-  with tempfile.TemporaryDirectory() as folder:
-    make_model(folder)
-    workers = {name: start(args, name, folder) for name in names}
-    samples = [
-      np.array(json.loads(w.stdout.readline())) for w in workers.values()
-    ]
-    error = np.abs(samples[0] - samples[1]).max() / np.abs(samples[1]).max()
-    seconds = {name: [] for name in names}
-    for _ in range(args.rounds):
-      for name, worker in workers.items():
-        worker.stdin.write('go\n')
-        worker.stdin.flush()
-        seconds[name].append(float(worker.stdout.readline()))
-    for worker in workers.values():
-      worker.stdin.close()
-      worker.wait()
-  ratios = [
-    theirs / ours
-    for ours, theirs in zip(seconds['gsae_jax'], seconds['torch'], strict=True)
-  ]
-  for name in names:
-    rate = tokens / statistics.median(seconds[name])
-    print(f'{name:>10} {rate:12,.0f} tokens/s')
-  low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-  print(
-    f'gsae_jax over torch: {middle:.2f} (quartiles {low:.2f} to {high:.2f})'
+    return turns.serve(lambda: make(args))
+  found, _, busy = measure(args)
+  tokens = np.prod(CONTEXTS[args.device]).item()
+  sample, other = (
+    np.array(found[k].pop('sample')) for k in ('gsae_jax', 'torch')
   )
-  print(f'largest difference of activations: {error:.1e}')
+  error = np.abs(sample - other).max() / np.abs(other).max()
+  rows = comparison.make_rows(found, tokens=tokens)
+  settings = {'device': args.device, 'contexts': CONTEXTS[args.device]}
+  if args.device == 'cpu':
+    settings['core'] = args.core
+  record.append(
+    args.results,
+    'harvest',
+    settings=settings | {'rounds': args.rounds},
+    rows=rows,
+    hardware=comparison.accelerators(rows),
+    largest_difference=error,
+    others_busy=busy,
+  )
+  print(comparison.table(rows, ['torch']))
+  comparison.warn(busy)
+  print(f'\nlargest difference of activations: {error:.1e}')
 
 
 if __name__ == '__main__':

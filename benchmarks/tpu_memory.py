@@ -1,7 +1,7 @@
 r"""Memory of a chip and collectives of harvest and evaluation, without a TPU.
 
   pip install --target LIBTPU --no-deps 'libtpu==0.0.42.*'    # what jax 0.10.2 wants
-  PYTHONPATH=LIBTPU python benchmarks/tpu_memory.py [--only=WORD]
+  PYTHONPATH=LIBTPU python -m benchmarks.tpu_memory [--only=WORD]
 
 Compiles the very programs that harvest and evaluate run, for real topologies,
 with the TPU's own compiler, which says what a chip will hold; nothing runs.
@@ -9,27 +9,21 @@ Prints the table of docs/models.md. Takes ten minutes on two cores.
 """
 
 import argparse
-import collections
 import dataclasses
 import functools
-import os
-import re
 
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+import jax
+import jax.numpy as jnp
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-
-from gsae_jax.activations.forward import make_forward  # noqa: E402
-from gsae_jax.evaluation import passes  # noqa: E402
-from gsae_jax.evaluation.devices import Devices  # noqa: E402
-from gsae_jax.lm.families import FAMILIES  # noqa: E402
-from gsae_jax.lm.layouts import Layout, make_layout  # noqa: E402
-from gsae_jax.lm.transformer import Transformer  # noqa: E402
-from gsae_jax.lm.weights import is_below, parameter_shapes  # noqa: E402
-from gsae_jax.sae import ARCHITECTURES  # noqa: E402
+from benchmarks.topology import abstract, collectives, devices, totals
+from gsae_jax.activations.forward import make_forward
+from gsae_jax.evaluation import passes
+from gsae_jax.evaluation.devices import Devices
+from gsae_jax.lm.families import FAMILIES
+from gsae_jax.lm.layouts import Layout, make_layout
+from gsae_jax.lm.transformer import Transformer
+from gsae_jax.lm.weights import is_below, parameter_shapes
+from gsae_jax.sae import ARCHITECTURES
 
 GEMMA_7B = {'model_type': 'gemma'}  # The defaults of its class.
 PYTHIA_2P8B = {
@@ -40,12 +34,6 @@ PYTHIA_2P8B = {
 }  # fmt: skip
 GEMMA_SITES = ('resid_post.20', 'mlp_out.20', 'attn_pre_linear.20')
 PYTHIA_SITES = ('resid_post.16', 'mlp_out.16', 'attn_pre_linear.16')
-
-_COLLECTIVE = re.compile(
-  r' = (?P<shape>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|'
-  r'collective-permute)(?P<start>-start)?\(.*channel_id=(?P<channel>\d+)'
-)
-_BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +68,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def abstract(shape, dtype, sharding):
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
 def abstract_params(shapes: dict, layout: Layout, blocks: int | None) -> dict:
   """The tree of parameters that `LanguageModel.load` would give."""
   params = {}
@@ -98,18 +82,16 @@ def abstract_params(shapes: dict, layout: Layout, blocks: int | None) -> dict:
 
 
 def compile_case(case: Case):
-  topology = topologies.get_topology_desc(
-    platform='tpu', topology_name=case.topology
-  )
+  chips = devices(case.topology)
   config = FAMILIES[case.raw['model_type']].config(case.raw)
   module = Transformer(config)
-  layout = make_layout(case.layout, config, 0, topology.devices, case.model)
+  layout = make_layout(case.layout, config, 0, chips, case.model)
   params = functools.partial(abstract_params, parameter_shapes(module), layout)
   shape = (case.contexts, case.length)
   ids = abstract(shape, jnp.int32, layout.contexts)
   mask = abstract(shape, jnp.bool_, layout.contexts)
   hidden = abstract((*shape, config.width), jnp.bfloat16, layout.contexts)
-  devices = Devices('mesh', layout)
+  placed = Devices('mesh', layout)
   if case.program == 'harvest':
     run = make_forward(module, layout, case.sites)
     lowered = run.lower(
@@ -125,7 +107,7 @@ def compile_case(case: Case):
       'params'
     ]
     sae_params = {
-      name: abstract(s.shape, s.dtype, devices.place_sae(name, s.shape))
+      name: abstract(s.shape, s.dtype, placed.place_sae(name, s.shape))
       for name, s in shapes.items()
     }
     fn = functools.partial(passes.spliced_pass, module, sae, case.sites[0])
@@ -136,37 +118,15 @@ def compile_case(case: Case):
         *((cut, config.width) for cut in config.cut(case.sites[0])),
       )
     }
-    lowered = devices.compile(fn).lower(
+    lowered = placed.compile(fn).lower(
       params(None), ids, mask, taken, sae_params, None
     )
   else:
-    most = devices.logits(config.vocabulary)
+    most = placed.logits(config.vocabulary)
     fn = functools.partial(passes.comparison, module, layout.parts, most)
     others = (hidden,) * case.saes
-    lowered = devices.compile(fn).lower(params(None), ids, mask, hidden, others)
+    lowered = placed.compile(fn).lower(params(None), ids, mask, hidden, others)
   return lowered.compile()
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-  """How many there are of each kind, and the bytes that come out of them.
-
-  The compiler spreads one over several computations; its channel is one.
-  """
-  found = {}
-  for match in _COLLECTIVE.finditer(text):
-    shapes = re.findall(r'(\w+)\[([\d,]*)\]', match['shape'])
-    sizes = [
-      _BYTES[dtype] * int(np.prod([int(n) for n in dims.split(',') if n]))
-      for dtype, dims in shapes
-      if dtype in _BYTES
-    ]
-    size = sizes[-1] if match['start'] else sum(sizes)
-    found[match['channel']] = match['kind'], size
-  counts = collections.Counter(kind for kind, _ in found.values())
-  return {
-    kind: (count, sum(s for k, s in found.values() if k == kind))
-    for kind, count in counts.items()
-  }
 
 
 def measure(case: Case) -> dict:
@@ -176,7 +136,7 @@ def measure(case: Case) -> dict:
     'parameters': memory.argument_size_in_bytes,
     'temporary': memory.temp_size_in_bytes,
     'peak': memory.peak_memory_in_bytes,
-    'collectives': collectives(compiled.as_text()),
+    'collectives': totals(collectives(compiled.as_text())),
   }
 
 

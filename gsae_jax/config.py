@@ -114,6 +114,8 @@ class TrainConfig:
   clip_norm: float | None
   precision: str
   members: str
+  sparse: str
+  microbatches: int
   checkpoint_every: int
   checkpoints_kept: int | None
   checkpoints_kept_every: int | None
@@ -128,11 +130,12 @@ class TrainConfig:
     checks.choice('train.loss_scale', self.loss_scale, _LOSS_SCALES)
     checks.choice('train.precision', self.precision, PRECISIONS)
     checks.choice('train.members', self.members, ('auto', 'stacked', 'looped'))
+    checks.choice('train.sparse', self.sparse, ('auto', 'always', 'never'))
     for writer in self.writers:
       checks.choice('train.writers', writer, ('tensorboard', 'wandb'))
     for name in (
       'steps', 'batch_size', 'checkpoint_every', 'log_every', 'dead_after',
-      'histogram_every',
+      'histogram_every', 'microbatches',
     ):  # fmt: skip
       checks.at_least(f'train.{name}', getattr(self, name), 1)
     for name in ('warmup_steps', 'l1_warmup_steps', 'decay_steps'):
@@ -141,6 +144,16 @@ class TrainConfig:
     checks.positive('train.encoder_scale', self.encoder_scale)
     if self.clip_norm is not None:
       checks.positive('train.clip_norm', self.clip_norm)
+    if self.sparse == 'always' and self.members == 'stacked':
+      raise UserError(
+        "config field train.sparse: 'always' is for members that are not stacked; "
+        "set train.members to 'looped'"
+      )
+    if self.batch_size % self.microbatches:
+      raise UserError(
+        f'config field train.microbatches: {self.microbatches} does not divide '
+        f'train.batch_size, {self.batch_size}'
+      )
     if self.checkpoints_kept is not None:
       checks.at_least('train.checkpoints_kept', self.checkpoints_kept, 1)
     if self.checkpoints_kept_every is not None:
@@ -241,13 +254,13 @@ class Config:
   def identity(self) -> dict[str, Any]:
     """What a checkpoint depends on beside its store, as plain data.
 
-    Where a run writes and how often, the mesh, whether members are stacked, and
+    Where a run writes and how often, the mesh, what only speed depends on, and
     the evaluation may change between one start of a run and the next.
     """
     train = dataclasses.asdict(self.train)
     for name in (
       'checkpoint_every', 'checkpoints_kept', 'checkpoints_kept_every',
-      'log_every', 'writers', 'members',
+      'log_every', 'writers', 'members', 'sparse', 'microbatches',
     ):  # fmt: skip
       del train[name]
     saes = {s.name: dataclasses.asdict(s) for s in self.saes}

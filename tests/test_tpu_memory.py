@@ -45,7 +45,7 @@ def test_the_compiler_still_says_so(only):
     pytest.skip(f'no libtpu in {LIBTPU}; make test installs it')
   env = os.environ | {'PYTHONPATH': f'{LIBTPU}:{ROOT}'}
   done = subprocess.run(
-    [sys.executable, 'benchmarks/tpu_memory.py', f'--only={only}'],
+    [sys.executable, '-m', 'benchmarks.tpu_memory', f'--only={only}'],
     capture_output=True,
     text=True,
     cwd=ROOT,

@@ -38,6 +38,42 @@ class GatedSAE(layers.Dictionary):
     """Whether decoder rows are held at norm 1."""
     return self.sparsity == 'l1'
 
+  @property
+  def vectors(self) -> tuple[str, ...]:
+    """Parameters that are a number for each feature."""
+    return ('b_gate', 'b_mag') + ('r_mag',) * (self.encoder == 'tied')
+
+  @property
+  def is_exact_on_open_gates(self) -> bool:
+    """Whether `codes` and the decoder are all that the loss depends on."""
+    return (
+      self.encoder != 'untied'
+      and self.freeze_aux_decoder
+      and not self.centre_stop_gradient
+      and self.sparsity == 'l1'
+    )
+
+  def gate(self, z, z_mag, p) -> tuple[jax.Array, jax.Array]:
+    """`pi_gate` and `f` (Eq. 6 and 7) of what lies in front of the biases.
+
+    Args:
+      z: `(x - b_dec) W_gate`, of any features.
+      z_mag: `(x - b_dec) W_mag`, but for the factor of `r_mag`.
+      p: the `vectors` of these features, of shapes that broadcast.
+    """
+    if self.encoder == 'tied':
+      z_mag = z_mag * jnp.exp(p['r_mag'])
+    pi_gate = z + p['b_gate']
+    return pi_gate, jnp.where(pi_gate > 0, jax.nn.relu(z_mag + p['b_mag']), 0)
+
+  def codes(self, z, p) -> tuple[jax.Array, ...]:
+    """What Eq. 8 decodes, the last being what it penalises; see `gate`.
+
+    Where the last is 0, so are the others and all gradients.
+    """
+    pi_gate, f = self.gate(z, z, p)
+    return f, jax.nn.relu(pi_gate)
+
   def setup(self):
     zeros = nn.initializers.zeros
     F, D = self.features, self.width
@@ -66,16 +102,14 @@ class GatedSAE(layers.Dictionary):
       x_BD, self.b_dec, W, self.precision
     )
     gate_BF, shift_F = centred(self.W_gate)
+    mag_BF, mag_shift_F = gate_BF, shift_F
     if self.encoder == 'untied':
       mag_BF, mag_shift_F = centred(self.W_mag)
-      mag_BF -= mag_shift_F
-    else:
-      mag_BF = gate_BF - shift_F
-    if self.encoder == 'tied':
-      mag_BF *= jnp.exp(self.r_mag)
-    pi_gate_BF = gate_BF - shift_F + self.b_gate
-    pi_mag_BF = mag_BF + self.b_mag
-    f_BF = jnp.where(pi_gate_BF > 0, jax.nn.relu(pi_mag_BF), 0)
+    pi_gate_BF, f_BF = self.gate(
+      gate_BF - shift_F,
+      mag_BF - mag_shift_F,
+      {name: getattr(self, name) for name in self.vectors},
+    )
     return {
       'pi_gate': pi_gate_BF,
       'pi_gate_centred': gate_BF + self.b_gate,

@@ -14,10 +14,19 @@ class ReluSAE(layers.Dictionary):
   encoder_scale: float = 1.0
 
   encoders = ('W_enc',)
+  vectors = ('b_enc',)
 
   @property
   def unit_rows(self) -> bool:
     return self.sparsity == 'l1'
+
+  @property
+  def is_exact_on_open_gates(self) -> bool:
+    return self.sparsity == 'l1'
+
+  def codes(self, z, p) -> tuple[jax.Array, ...]:
+    """As `GatedSAE.codes`."""
+    return (jax.nn.relu(z + p['b_enc']),)
 
   def setup(self):
     F, D = self.features, self.width
@@ -33,7 +42,7 @@ class ReluSAE(layers.Dictionary):
     z_BF, shift_F = layers.centred_product(
       x_BD, self.b_dec, self.W_enc, self.precision
     )
-    f_BF = jax.nn.relu(z_BF - shift_F + self.b_enc)
+    (f_BF,) = self.codes(z_BF - shift_F, {'b_enc': self.b_enc})
     return {'f': f_BF, 'x_hat': self.decode(f_BF)}
 
   def terms(self, x_BD: jax.Array) -> dict[str, jax.Array]:
@@ -58,6 +67,7 @@ class RescaleShiftSAE(layers.Dictionary):
 
   encoders = ('W_enc',)
   frozen = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
+  is_exact_on_open_gates = False  # Nothing of it is worth skipping.
   unit_rows = False  # They are what they were.
 
   def setup(self):

@@ -20,7 +20,7 @@ from gsae_jax import paths
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 
-SCHEMA = 3
+SCHEMA = 4
 
 # What cannot change within a run: shapes, and what tokens are counted by.
 _FIXED = {'architecture', 'site', 'features', 'encoder', 'batch_size'}

@@ -15,13 +15,20 @@ from gsae_jax.activations.store import Store, check_site
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.errors import UserError
 from gsae_jax.training import state as state_lib
+from gsae_jax.training.dense import Recipe
 from gsae_jax.training.members import Member, make_member, make_recipe
+from gsae_jax.training.sparse import ROWS
 from gsae_jax.training.state import MemberState
-from gsae_jax.training.step import Recipe, is_sound, train_step
+from gsae_jax.training.step import is_sound, train_step
 
 # D * F * B below which several SAEs at once should keep a device busier: an
 # estimate from what launching kernels takes on an H200, not a measurement.
 _WORTH_STACKING = 1e11
+
+# D * F * B from which a sparse step is worth the seconds that it takes to compile,
+# and the share of features open in a tile of rows below which it is faster.
+_WORTH_SPARSE = 2**28
+_OPEN_SHARE = 1 / 8
 
 Baseline = Callable[[MemberConfig], dict[str, np.ndarray]]
 
@@ -44,7 +51,7 @@ class Group:
     self.names = tuple(m.name for m in members)
     self.state = None
     self._stacked = stacked
-    self._program, self._sound = programs
+    self._steps, self._sound = programs
     self._mesh = mesh
     self._sites = tuple(dict.fromkeys(m.config.site for m in members))
     hypers = [m.hyper for m in members]
@@ -55,65 +62,72 @@ class Group:
     )
     which = tuple(self._sites.index(m.config.site) for m in members)
     self._which = which if len(self._sites) > 1 else None
+    self._save, self._restore = _converters(self.module, mesh, stacked)
     if stacked:
       shapes = state_lib.member_shapes(self.module)
       self._stack = jax.jit(
         lambda states: jax.tree.map(lambda *a: jnp.stack(a), *states),
         out_shardings=state_lib.shardings(mesh, shapes, layout='stacked'),
       )
-      self._take = self._taker(lambda state, scale: state, shapes)
-      self._save = self._taker(
-        state_lib.to_checkpoint, state_lib.checkpoint_shapes(self.module)
+      self._take = jax.jit(
+        lambda stack, i: jax.tree.map(lambda a: a[i], stack),
+        out_shardings=self._shardings(shapes),
       )
 
-  def _taker(self, fn: Callable[[MemberState, jax.Array], Any], shapes: Any):
-    """Compiles `fn` of one member of the stack."""
-    return jax.jit(
-      lambda state, i, scale: fn(jax.tree.map(lambda a: a[i], state), scale),
-      out_shardings=self._shardings(shapes),
-    )
-
-  def _shardings(self, shapes: Any) -> Any:
+  def _shardings(self, shapes: Any, *, saved: bool = False) -> Any:
     """Where something of one member is, outside the stack."""
     layout = 'gathered' if self._stacked else 'alone'
-    return state_lib.shardings(self._mesh, shapes, layout=layout)
+    return state_lib.shardings(self._mesh, shapes, layout=layout, saved=saved)
 
   def step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Trains on a batch; returns metrics, of a stack with members in front."""
     x = tuple(batch[site] for site in self._sites)
-    self.state, metrics = self._program(
-      self.state, x, self._hyper, which=self._which
-    )
+    step = self._steps[self._way()]
+    self.state, metrics = step(self.state, x, self._hyper, which=self._which)
+    if 'open_share' in metrics:
+      self._shares = self._shares[1], metrics['open_share']
     return metrics
+
+  def _way(self) -> str:
+    """How the next step is taken, by what was open two steps ago.
+
+    That step is over, so nothing waits; and the state has the figure, so that a
+    run which was stopped goes on as it would have.
+    """
+    if len(self._steps) == 1:
+      return next(iter(self._steps))
+    few = jax.device_get(self._shares[0]) < _OPEN_SHARE
+    return 'sparse' if few else 'watched'
 
   def put(self, states: dict[str, MemberState]) -> None:
     """Takes over the states of all members."""
     parts = [states[name] for name in self.names]
     self.state = self._stack(parts) if self._stacked else parts[0]
-
-  def _each(self, take: Callable[..., Any]) -> dict[str, Any]:
-    return {
-      m.name: take(self.state, np.int32(i), m.hyper.scale)
-      for i, m in enumerate(self.members)
-    }
+    if not self._stacked:
+      self._shares = tuple(jax.device_get(self.state.open_share))
 
   def states(self) -> dict[str, MemberState]:
     """Each member's own; of a member alone, not a copy."""
-    if not self._stacked:
-      return {self.names[0]: self.state}
-    return self._each(self._take)
+    return {m.name: self._state(i) for i, m in enumerate(self.members)}
+
+  def _state(self, i: int) -> MemberState:
+    return self._take(self.state, np.int32(i)) if self._stacked else self.state
 
   def to_checkpoint(self) -> dict[str, dict[str, Any]]:
     """What is saved of each member."""
-    if not self._stacked:
-      scale = self.members[0].hyper.scale
-      return {self.names[0]: state_lib.to_checkpoint(self.state, scale)}
-    return self._each(self._save)
+    return {
+      m.name: self._save(self._state(i), m.hyper.scale)
+      for i, m in enumerate(self.members)
+    }
+
+  def from_checkpoint(self, saved: dict[str, Any]) -> MemberState:
+    """A member's state, of what was saved of it."""
+    return self._restore(saved)
 
   def saved_shapes(self) -> dict[str, Any]:
     """Shapes of what is saved of a member, and where `put` takes it from."""
     shapes = state_lib.checkpoint_shapes(self.module)
-    return state_lib.place(shapes, self._shardings(shapes))
+    return state_lib.place(shapes, self._shardings(shapes, saved=True))
 
   def fresh(self, member: Member, baseline: Baseline) -> MemberState:
     """A member's state at step 0, born sharded; the same on any mesh."""
@@ -123,7 +137,7 @@ class Group:
     if member.config.baseline is None:
       return state
     raw = self.module.start(baseline(member.config))
-    params = state_lib.fold_scale(raw, 1 / member.hyper.scale)
+    params = state_lib.turn(state_lib.fold_scale(raw, 1 / member.hyper.scale))
     return state._replace(
       params=jax.device_put(params, self._shardings(params))
     )
@@ -154,6 +168,21 @@ def _initializer(module: nn.Module, mesh: Mesh, stacked: bool):
 
 
 @functools.lru_cache(None)
+def _converters(module: nn.Module, mesh: Mesh, stacked: bool):
+  """Compiled: what is saved of a state, and the state of that."""
+  layout = 'gathered' if stacked else 'alone'
+  place = functools.partial(state_lib.shardings, mesh, layout=layout)
+  saved = place(state_lib.checkpoint_shapes(module), saved=True)
+  return (
+    jax.jit(state_lib.to_checkpoint, out_shardings=saved),
+    jax.jit(
+      state_lib.from_checkpoint,
+      out_shardings=place(state_lib.member_shapes(module)),
+    ),
+  )
+
+
+@functools.lru_cache(None)
 def copier(mesh: Mesh) -> Callable[[Any], Any]:
   """Gives every process the whole of each array."""
   return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, P()))
@@ -172,6 +201,35 @@ def is_stacked(settings: TrainConfig, module: nn.Module, mesh: Mesh) -> bool:
   work = module.width * module.features * settings.batch_size
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   return not on_cpu and work < _WORTH_STACKING
+
+
+def ways(
+  settings: TrainConfig, module: nn.Module, mesh: Mesh, *, stacked: bool
+) -> tuple[str, ...]:
+  """Those of `train_step` that members of this shape may take.
+
+  'auto' has two on CPUs, where that was measured, and for SAEs of some size.
+
+  Raises:
+    UserError: train.sparse is 'always', and it cannot be.
+  """
+  rows = settings.batch_size // settings.microbatches
+  fits = rows % (ROWS * mesh.shape['data']) == 0
+  can = module.is_exact_on_open_gates and not stacked and fits
+  if settings.sparse == 'always':
+    if not can:
+      raise UserError(
+        "train.sparse: 'always' is for members of architecture 'gated' or 'relu', "
+        'not stacked, without an untied encoder and variants of the loss, and for '
+        f'batches of a multiple of {ROWS} rows for every device along mesh.data '
+        "and microbatch; set it to 'auto'"
+      )
+    return ('sparse',)
+  work = module.width * module.features * rows
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  if settings.sparse == 'auto' and can and on_cpu and work >= _WORTH_SPARSE:
+    return ('watched', 'sparse')
+  return ('dense',)
 
 
 def make_groups(
@@ -197,7 +255,10 @@ def make_groups(
   for module, members in by_module.items():
     stacked = is_stacked(settings, module, mesh)
     programs = (
-      compile_step(module, recipe, mesh, stacked=stacked),
+      {
+        way: compile_step(module, recipe, mesh, stacked=stacked, way=way)
+        for way in ways(settings, module, mesh, stacked=stacked)
+      },
       compile_check(module, recipe, mesh, stacked=stacked),
     )
     parts = [tuple(members)] if stacked else [(m,) for m in members]
@@ -249,10 +310,17 @@ def _of_members(fn: Callable[..., Any], mesh: Mesh, stacked: bool):
 
 
 def compile_step(
-  module: nn.Module, recipe: Recipe, mesh: Mesh, *, stacked: bool
+  module: nn.Module,
+  recipe: Recipe,
+  mesh: Mesh,
+  *,
+  stacked: bool,
+  way: str = 'dense',
 ) -> Callable[..., Any]:
   """`train_step` under jit: donated, its outputs where its inputs were."""
-  step = functools.partial(train_step, module=module, recipe=recipe)
+  step = functools.partial(
+    train_step, module=module, recipe=recipe, way=way, mesh=mesh
+  )
   placed = state_lib.shardings(
     mesh,
     state_lib.member_shapes(module),

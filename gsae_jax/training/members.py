@@ -8,8 +8,10 @@ import numpy as np
 from gsae_jax.activations.store import Site
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.sae import make_module
+from gsae_jax.training.dense import Recipe
+from gsae_jax.training.loss import error_scale
 from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.step import Hyperparameters, Recipe, error_scale
+from gsae_jax.training.step import Hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,4 +79,5 @@ def make_recipe(settings: TrainConfig) -> Recipe:
     dead_after=settings.dead_after,
     histogram_every=settings.histogram_every,
     clip_norm=settings.clip_norm,
+    microbatches=settings.microbatches,
   )

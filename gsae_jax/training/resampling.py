@@ -20,10 +20,11 @@ from gsae_jax.activations.stream import Stream
 from gsae_jax.config import TrainConfig
 from gsae_jax.errors import Preempted
 from gsae_jax.training.groups import Group
+from gsae_jax.training.loss import losses
 from gsae_jax.training.members import Member
 from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.state import MemberState
-from gsae_jax.training.step import Hyperparameters, losses
+from gsae_jax.training.state import MemberState, turn
+from gsae_jax.training.step import Hyperparameters
 
 
 def draw_rows(
@@ -59,7 +60,7 @@ def row_losses(
   """The loss (Eq. 4 or 8) of each row at this step, `[B]`."""
   x_BD = x_BD.astype(jnp.float32) * hyper.scale
   l1 = hyper.l1 * schedule.l1(state.step)
-  return losses(module, state.params, x_BD, l1, hyper.error_scale)[0]
+  return losses(module, turn(state.params), x_BD, l1, hyper.error_scale)[0]
 
 
 def resample(
@@ -71,8 +72,8 @@ def resample(
 ) -> MemberState:
   """Replaces the dead features.
 
-  The decoder row becomes the drawn input's direction from `b_dec`, the encoder
-  columns the same at 0.2 of the mean norm of the alive ones; biases, r_mag and
+  The decoder row becomes the drawn input's direction from `b_dec`, the encoder's
+  the same at 0.2 of the mean norm of the alive ones; biases, r_mag and
   second moments of the feature are reset to 0. Adam's count is not, so the first
   updates of a fresh feature are up to 32 times the learning rate; the warm-up
   behind the event takes the edge off.
@@ -90,17 +91,16 @@ def resample(
   alive = jnp.sum(~dead_F)
   fresh = {'W_dec': direction_FD}
   for encoder in module.encoders:
-    norms_F = jnp.linalg.norm(params[encoder], axis=0)
+    norms_F = jnp.linalg.norm(params[encoder], axis=-1)
     # With nobody alive, the directions themselves set the size.
     mean = jnp.sum(jnp.where(dead_F, 0, norms_F)) / jnp.maximum(alive, 1)
     mean = jnp.where(alive > 0, mean, 1.0)
-    fresh[encoder] = 0.2 * mean * direction_FD.T
-  # Features are the last axis of everything but the decoder.
+    fresh[encoder] = 0.2 * mean * direction_FD
   nu = dict(state.opt_state.nu)
   for name in params:
     if name == 'b_dec':
       continue
-    dead = dead_F[:, None] if name == 'W_dec' else dead_F
+    dead = dead_F.reshape(-1, *(1,) * (params[name].ndim - 1))
     params[name] = jnp.where(dead, fresh.get(name, 0.0), params[name])
     nu[name] = jnp.where(dead, 0.0, nu[name])
   return state._replace(

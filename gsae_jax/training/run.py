@@ -72,19 +72,23 @@ class Run:
     found = saved.restore(step, {'members': wanted})['members']
     states = {}
     for name in self.alive():
-      state = state_lib.from_checkpoint(found[name])
-      scale = self.members[name][0].hyper.scale
+      member, group = self.members[name]
+      state = group.from_checkpoint(found[name])
+      scale = member.hyper.scale
       if float(scale) != there[name]['scale']:  # Another store, or normalize.
         raw = found[name]['params']
-        state = state._replace(params=state_lib.fold_scale(raw, 1 / scale))
+        raw = state_lib.turn(state_lib.fold_scale(raw, 1 / scale))
+        state = state._replace(params=raw)
       # Another seed by permission draws what resampling draws from here on.
-      key = state_lib.key_data(self.members[name][0].seed)
+      key = state_lib.key_data(member.seed)
       rng = jax.device_put(key, state.rng.sharding)
       states[name] = state._replace(rng=rng)
     for group in self.groups:
       for m in group.members:
         if m.name in self.stopped:  # Its place in a stack is filled.
-          states[m.name] = state_lib.zeros(group.saved_shapes())
+          states[m.name] = group.from_checkpoint(
+            state_lib.zeros(group.saved_shapes())
+          )
       group.put(states)
 
   def describe(self) -> list[dict[str, Any]]:
@@ -111,5 +115,5 @@ class Run:
 
 def shapes(member: Member) -> dict[str, list[int]]:
   """Shape of each parameter."""
-  params = state_lib.member_shapes(member.module).params
+  params = state_lib.checkpoint_shapes(member.module)['params']
   return {k: list(v.shape) for k, v in params.items()}

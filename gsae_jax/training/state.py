@@ -7,27 +7,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax import sae
+from gsae_jax.training.optimizer import Moments, adam
+
+# In training, encoders lie transposed, [F, D]: all of a feature is a row.
+_TURNED = tuple(k for k, v in sae.SPECS.items() if v == P(None, 'model'))
 
 # Everything that mirrors a parameter is spread as it is. A leaf takes the spec of
-# its own name.
-SPECS = sae.SPECS | {
+# its own name: of what is saved, and of what is trained.
+_SAVED_SPECS = sae.SPECS | {
   'steps_since_fired': P('model'),
   'fired_counts': P('model'),
 }
+SPECS = _SAVED_SPECS | {name: P('model', None) for name in _TURNED}
 
 # Parameters in the units of the activations; the others have no unit.
 _BIASES = ('b_gate', 'b_mag', 'b_enc', 'b_dec')
 
-# Adam with beta1 = 0 (paper D.1.1): the first moment is the gradient itself,
-# so none is kept. Same numbers as optax.adam(b1=0, b2=0.999, eps=1e-8).
-OPTIMIZER = optax.scale_by_rms(
-  decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True
-)
+OPTIMIZER = adam()
 
 
 class MemberState(NamedTuple):
@@ -35,22 +35,34 @@ class MemberState(NamedTuple):
 
   Attributes:
     step: int32, steps taken.
-    params: the SAE's parameters, for activations times the run's scale.
-    opt_state: Adam's second moments and count, of what is trained.
+    params: the SAE's parameters, for activations times the run's scale, turned.
+    opt_state: Adam's second moments and count, of what is trained, turned.
     steps_since_fired: int32 `[F]`, 0 where the feature fired in the last batch.
     fired_counts: int32 `[F]`, rows that it fired on since the last histogram.
+    open_share: float32 `[2]`, of the last two batches: see `sparse.open_share`. 1
+      at first, and where nobody asks.
     rng: uint32 `[2]`, the member's key; draws are functions of it and the step.
   """
 
   step: jax.Array
   params: dict[str, jax.Array]
-  opt_state: Any
+  opt_state: Moments
   steps_since_fired: jax.Array
   fired_counts: jax.Array
+  open_share: jax.Array
   rng: jax.Array
 
 
-def shardings(mesh: Mesh, tree: Any, *, layout: str = 'alone') -> Any:
+def turn(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Parameters as they lie in training from what they are elsewhere, and back."""
+  return {
+    k: v.swapaxes(-1, -2) if k in _TURNED else v for k, v in params.items()
+  }
+
+
+def shardings(
+  mesh: Mesh, tree: Any, *, layout: str = 'alone', saved: bool = False
+) -> Any:
   """A NamedSharding for each leaf of a member's state, by its name.
 
   Args:
@@ -59,12 +71,14 @@ def shardings(mesh: Mesh, tree: Any, *, layout: str = 'alone') -> Any:
     layout: 'alone'; 'stacked', with an axis of members in front, over 'sae'; or
       'gathered', a stacked member on its own, whose features are over 'sae' too
       so that taking it out of its group costs no memory.
+    saved: the tree is of a checkpoint, not of a `MemberState`.
   """
+  specs = _SAVED_SPECS if saved else SPECS
 
   def named(path, leaf):
     key = path[-1]
     name = getattr(key, 'key', None) or getattr(key, 'name', None)
-    spec = SPECS.get(name, P())
+    spec = specs.get(name, P())
     if layout == 'stacked':
       spec = P('sae', *spec)
     if layout == 'gathered' and 'model' in spec:
@@ -90,7 +104,7 @@ def init_member(module: nn.Module, rng: jax.Array) -> MemberState:
     rng: see `key_data`.
   """
   key = jax.random.wrap_key_data(rng)
-  params = module.init(key, jnp.zeros((1, module.width)))['params']
+  params = turn(module.init(key, jnp.zeros((1, module.width)))['params'])
   trained = {k: v for k, v in params.items() if k not in module.frozen}
   return MemberState(
     step=jnp.zeros((), jnp.int32),
@@ -98,6 +112,7 @@ def init_member(module: nn.Module, rng: jax.Array) -> MemberState:
     opt_state=OPTIMIZER.init(trained),
     steps_since_fired=jnp.zeros(module.features, jnp.int32),
     fired_counts=jnp.zeros(module.features, jnp.int32),
+    open_share=jnp.ones(2),
     rng=rng,
   )
 
@@ -125,11 +140,15 @@ def to_checkpoint(state: MemberState, scale: jax.Array) -> dict[str, Any]:
   would not give the same bits to a resumed run.
   """
   return {
-    'params': fold_scale(state.params, scale),
+    'params': turn(fold_scale(state.params, scale)),
     'scaled_biases': {k: v for k, v in state.params.items() if k in _BIASES},
-    'opt_state': {'count': state.opt_state.count, 'nu': state.opt_state.nu},
+    'opt_state': {
+      'count': state.opt_state.count,
+      'nu': turn(state.opt_state.nu),
+    },
     'steps_since_fired': state.steps_since_fired,
     'fired_counts': state.fired_counts,
+    'open_share': state.open_share,
     'rng': state.rng,
     'step': state.step,
   }
@@ -137,13 +156,14 @@ def to_checkpoint(state: MemberState, scale: jax.Array) -> dict[str, Any]:
 
 def from_checkpoint(saved: dict[str, Any]) -> MemberState:
   """The inverse of `to_checkpoint`, to the bit."""
-  opt_state = jax.eval_shape(OPTIMIZER.init, saved['opt_state']['nu'])
+  opt_state = saved['opt_state']
   return MemberState(
     step=saved['step'],
-    params=saved['params'] | saved['scaled_biases'],
-    opt_state=opt_state._replace(**saved['opt_state']),
+    params=turn(saved['params']) | saved['scaled_biases'],
+    opt_state=Moments(opt_state['count'], turn(opt_state['nu'])),
     steps_since_fired=saved['steps_since_fired'],
     fired_counts=saved['fired_counts'],
+    open_share=saved['open_share'],
     rng=saved['rng'],
   )
 
@@ -153,13 +173,13 @@ def checkpoint_shapes(module: nn.Module) -> dict[str, Any]:
   return jax.eval_shape(to_checkpoint, member_shapes(module), 1.0)
 
 
-def zeros(placed: dict[str, Any]) -> MemberState:
-  """A state without content, from shapes of a checkpoint with shardings."""
+def zeros(placed: dict[str, Any]) -> dict[str, Any]:
+  """What a checkpoint without content gives, from shapes with shardings."""
   make = jax.jit(
     lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), placed),
     out_shardings=jax.tree.map(lambda a: a.sharding, placed),
   )
-  return from_checkpoint(make())
+  return make()
 
 
 def place(shapes: Any, shardings: Any) -> Any:

@@ -1,15 +1,16 @@
 """The train step: one pure function of one member's state and one batch."""
 
-import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+from jax.sharding import Mesh
 
-from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.state import OPTIMIZER, MemberState
+from gsae_jax.training.dense import Found, Inputs, Recipe, dense_step
+from gsae_jax.training.loss import losses
+from gsae_jax.training.sparse_step import sparse_step
+from gsae_jax.training.state import MemberState, turn
 
 
 class Hyperparameters(NamedTuple):
@@ -28,73 +29,6 @@ class Hyperparameters(NamedTuple):
   error_scale: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """What the step of every member has in common.
-
-  Attributes:
-    schedule: of the learning rate and the coefficient.
-    dead_after: a feature that was silent for so many steps is dead.
-    histogram_every: firings are counted from each multiple of so many steps on.
-    clip_norm: gradients of a larger norm are scaled down to it; None is never.
-  """
-
-  schedule: Schedule
-  dead_after: int
-  histogram_every: int
-  clip_norm: float | None
-
-
-def error_scale(loss_scale: str, *, width: int, mean_norm: float) -> float:
-  """The factor of squared errors (paper D.1.1).
-
-  Args:
-    loss_scale: 'sum', as Eq. 4 and 8 are written; 'mean', over D, the units of
-      the paper's tables; or 'mean_over_norm', over D and E||x||, those of its
-      baselines on Pythia and Gemma.
-    width: D.
-    mean_norm: E||x|| of the activations as the loss sees them.
-  """
-  divisors = {'sum': 1.0, 'mean': width, 'mean_over_norm': width * mean_norm}
-  return 1.0 / divisors[loss_scale]
-
-
-def losses(
-  module: nn.Module,
-  params: dict[str, jax.Array],
-  x_BD: jax.Array,
-  l1: jax.Array,
-  error_scale: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Eq. 4 or 8 for each row, and everything on the way there.
-
-  Args:
-    module: the architecture.
-    params: its parameters.
-    x_BD: `[B, D]` activations, scaled.
-    l1: coefficient of the sparsity term.
-    error_scale: of the squared errors.
-
-  Returns:
-    `[B]`, and what the module's `terms` returns.
-  """
-  terms = module.apply({'params': params}, x_BD, method='terms')
-  error_B = error_scale * (terms['reconstruction'] + terms['auxiliary'])
-  return error_B + l1 * terms['sparsity'], terms
-
-
-def project_rows(g_FD: jax.Array, W_FD: jax.Array) -> jax.Array:
-  """The gradient without its component along each unit row."""
-  return g_FD - jnp.sum(g_FD * W_FD, -1, keepdims=True) * W_FD
-
-
-def _norms(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Norm of the gradient, and of each parameter's."""
-  squares = {k: jnp.sum(g * g) for k, g in grads.items()}
-  total = {'grad_norm': jnp.sqrt(sum(squares.values()))}
-  return total | {f'grad_norm_{k}': jnp.sqrt(s) for k, s in squares.items()}
-
-
 def train_step(
   state: MemberState,
   x_BD: jax.Array,
@@ -102,6 +36,8 @@ def train_step(
   *,
   module: nn.Module,
   recipe: Recipe,
+  way: str = 'dense',
+  mesh: Mesh | None = None,
 ) -> tuple[MemberState, dict[str, jax.Array]]:
   """One step of Adam with beta1 = 0 and unit decoder rows (paper D.1.1).
 
@@ -111,66 +47,77 @@ def train_step(
     hyper: the member's.
     module: the architecture.
     recipe: the run's.
+    way: 'dense' takes the gradient of all features by autodiff; 'sparse' that of
+      what is open (`sparse.py`), which is the same but for rounding; 'watched' is
+      dense, and finds what 'sparse' does of `open_share`.
+    mesh: what a sparse step is divided over.
 
   Returns:
     the next state, and float32 scalars: `loss`, the three terms as they enter
     it without coefficients, `l0`, `gamma` (Eq. 9, of this batch),
-    `alive_fraction`, `decoder_norm_error` (of the state that came in),
-    `grad_norm` of all and of each parameter, `learning_rate`, `l1_coefficient`.
+    `alive_fraction`, `decoder_norm_error` (of the state that came in; in a sparse
+    step, of the rows that it moves), `grad_norm` of all and of each parameter,
+    `learning_rate`, `l1_coefficient`; and unless it is 'dense', `open_share` and
+    `sparse_step`, 1 where it is 'sparse'.
   """
   schedule = recipe.schedule
-  x_BD = x_BD.astype(jnp.float32) * hyper.scale
-  learning_rate = hyper.learning_rate * schedule.learning_rate(state.step)
-  l1 = hyper.l1 * schedule.l1(state.step)
-  frozen = {k: v for k, v in state.params.items() if k in module.frozen}
-  params = {k: v for k, v in state.params.items() if k not in frozen}
+  inputs = Inputs(
+    x_BD=x_BD.astype(jnp.float32) * hyper.scale,
+    l1=hyper.l1 * schedule.l1(state.step),
+    error_scale=hyper.error_scale,
+    learning_rate=hyper.learning_rate * schedule.learning_rate(state.step),
+  )
+  if way == 'sparse':
+    found = sparse_step(state, inputs, module=module, recipe=recipe, mesh=mesh)
+  else:
+    found = dense_step(
+      state, inputs, module=module, recipe=recipe, share=way == 'watched'
+    )
+  after = _next(state, found, recipe)
+  metrics = _metrics(after, found, inputs, recipe)
+  if way != 'dense':
+    metrics['open_share'] = found.sums.open_share
+    metrics['sparse_step'] = jnp.float32(way == 'sparse')
+  return after, metrics
 
-  def loss(params):
-    loss_B, terms = losses(module, frozen | params, x_BD, l1, hyper.error_scale)
-    return jnp.mean(loss_B), terms
 
-  (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(params)
-  norms = _norms(grads)
-  if recipe.clip_norm is not None:
-    factor = jnp.minimum(1.0, recipe.clip_norm / (norms['grad_norm'] + 1e-12))
-    grads = jax.tree.map(lambda g: g * factor, grads)
-  W_dec = state.params['W_dec']
-  if module.unit_rows:
-    grads = grads | {'W_dec': project_rows(grads['W_dec'], W_dec)}
-  updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
-  updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-  params = optax.apply_updates(params, updates)
-  if module.unit_rows:
-    # Adam's scaling turns the update out of the tangent plane again.
-    norm_F1 = jnp.linalg.norm(params['W_dec'], axis=-1, keepdims=True)
-    params = params | {'W_dec': params['W_dec'] / norm_F1}
-  fired_F = jnp.sum(terms['f'] > 0, 0, dtype=jnp.int32)
-  silent_F = jnp.where(fired_F > 0, 0, state.steps_since_fired + 1)
+def _next(state: MemberState, found: Found, recipe: Recipe) -> MemberState:
+  silent_F = jnp.where(found.fired > 0, 0, state.steps_since_fired + 1)
   counted_F = jnp.where(
     state.step % recipe.histogram_every == 0, 0, state.fired_counts
   )
-  x_hat_BD = terms['x_hat']
-  metrics = {
-    'loss': value,
-    **{
-      name: jnp.mean(terms[name])
-      for name in ('reconstruction', 'sparsity', 'auxiliary')
-    },
-    'l0': jnp.sum(fired_F, dtype=jnp.float32) / len(x_BD),
-    'gamma': jnp.sum(x_hat_BD**2) / jnp.sum(x_hat_BD * x_BD),
-    'alive_fraction': jnp.mean(silent_F < recipe.dead_after, dtype=jnp.float32),
-    'decoder_norm_error': jnp.max(jnp.abs(jnp.linalg.norm(W_dec, axis=-1) - 1)),
-    **norms,
-    'learning_rate': learning_rate,
-    'l1_coefficient': l1,
-  }
   return state._replace(
     step=state.step + 1,
-    params=frozen | params,
-    opt_state=opt_state,
+    params=found.params,
+    opt_state=found.opt_state,
     steps_since_fired=silent_F,
-    fired_counts=counted_F + fired_F,
-  ), metrics
+    fired_counts=counted_F + found.fired,
+    open_share=jnp.stack([state.open_share[1], found.sums.open_share]),
+  )
+
+
+def _metrics(
+  after: MemberState, found: Found, inputs: Inputs, recipe: Recipe
+) -> dict[str, jax.Array]:
+  sums, rows = found.sums, len(inputs.x_BD)
+  means = {
+    name: getattr(sums, name) / rows
+    for name in ('reconstruction', 'sparsity', 'auxiliary')
+  }
+  error = inputs.error_scale * (means['reconstruction'] + means['auxiliary'])
+  alive_F = after.steps_since_fired < recipe.dead_after
+  return {
+    'loss': error + inputs.l1 * means['sparsity'],
+    **means,
+    'l0': jnp.sum(found.fired, dtype=jnp.float32) / rows,
+    'gamma': sums.x_hat_squared / sums.dot,
+    'alive_fraction': jnp.mean(alive_F, dtype=jnp.float32),
+    'decoder_norm_error': found.norm_error,
+    'grad_norm': jnp.sqrt(sum(found.squares.values())),
+    **{f'grad_norm_{k}': jnp.sqrt(s) for k, s in found.squares.items()},
+    'learning_rate': inputs.learning_rate,
+    'l1_coefficient': inputs.l1,
+  }
 
 
 def is_sound(
@@ -194,6 +141,6 @@ def is_sound(
   """
   x_BD = x_BD.astype(jnp.float32) * hyper.scale
   l1 = hyper.l1 * recipe.schedule.l1(state.step)
-  loss_B, _ = losses(module, state.params, x_BD, l1, hyper.error_scale)
+  loss_B, _ = losses(module, turn(state.params), x_BD, l1, hyper.error_scale)
   leaves = [loss_B, *jax.tree.leaves((state.params, state.opt_state.nu))]
   return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -9,7 +9,7 @@ from gsae_jax import sae
 from gsae_jax.sae import make_module
 from gsae_jax.sae.gated import GatedSAE
 from gsae_jax.sae.layers import product
-from gsae_jax.training.step import error_scale, losses
+from gsae_jax.training.loss import error_scale, losses
 from tests.sae import reference
 
 D, F, B = 24, 96, 64

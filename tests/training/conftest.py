@@ -13,6 +13,7 @@ from gsae_jax.activations.writer import StoreWriter
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.training.groups import make_groups
 from gsae_jax.training.run import Run
+from gsae_jax.training.state import turn
 
 WIDTH, ROWS = 16, 4096
 
@@ -92,6 +93,8 @@ def settings(**changes) -> TrainConfig:
     'clip_norm': None,
     'precision': 'float32',
     'members': 'auto',
+    'sparse': 'auto',
+    'microbatches': 1,
     'checkpoints_kept': None,
     'checkpoints_kept_every': None,
     'log_every': 1,
@@ -132,8 +135,14 @@ def start(store, members, train, *, mesh=None, seed=0, baseline=None):
 
 
 def states(run):
-  """Everything that training carries, by member."""
-  return {k: v for g in run.groups for k, v in g.states().items()}
+  """Everything that training carries, by member; turned to the paper's shapes."""
+  return {k: turned(v) for g in run.groups for k, v in g.states().items()}
+
+
+def turned(state):
+  """A state with parameters and moments of the shapes that are saved, and back."""
+  moments = state.opt_state._replace(nu=turn(state.opt_state.nu))
+  return state._replace(params=turn(state.params), opt_state=moments)
 
 
 def run_steps(

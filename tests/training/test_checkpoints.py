@@ -53,7 +53,7 @@ def train(
     steps = Checkpoints(str(workdir)).steps()
     at[0] = steps[-1] if steps else 0
   metadata = {
-    'schema': 3,
+    'schema': 4,
     'config': {'seed': 0, 'train': {'batch_size': train.batch_size}},
     'identity': {'seed': 0},
     'store': store.content_hash,
@@ -106,7 +106,7 @@ def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
   # The signal comes while the batch of a step that was just saved is made.
   whole = train(store, tmp_path / 'whole', MEMBERS, settings())
   settings_, meta = settings(), {
-    'schema': 3,
+    'schema': 4,
     'config': {'seed': 0, 'train': {'batch_size': settings().batch_size}},
     'identity': {'seed': 0},
     'store': store.content_hash,

@@ -1,0 +1,1 @@
+"""Speed, memory and mixing: a command a file, figures in README.md."""

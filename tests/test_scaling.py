@@ -1,0 +1,193 @@
+"""What bounds a step on many chips: the arithmetic, and what is compiled."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from benchmarks import roofline, topology
+from benchmarks.scaling import cells, programs
+from tests.conftest import ROOT
+
+LIBTPU = ROOT / '.venv' / 'libtpu'  # Where `make test` puts it.
+MESH = {'sae': 2, 'data': 2, 'model': 4}
+
+# As the compiler writes them: on chips' own memory 'S(1)', one channel twice.
+PROGRAM = """
+%other {
+  %c = f32[8,4]{1,0} all-reduce(%f), channel_id=1, replica_groups=[2,4]<=[8], x=1
+}
+
+ENTRY %main {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %b = bf16[4]{0:T(128)S(1)} parameter(1)
+  %f = (f32[8,4]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) fusion(%a, %b), calls=%q
+  %g = f32[8,4]{1,0:T(8,128)} get-tuple-element(%f), index=0
+  %s = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%g)
+  %d = f32[8,4]{1,0:S(1)} copy-done(%s)
+  %t = (s32[]{:S(2)}, s32[]{:S(2)}, u32[]{:S(2)}) copy-start(%n)
+  %r = (f32[8,4]{1,0:S(1)}, /*index=1*/s32[2]{0}) all-reduce(%d, %i), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, use_global_device_ids=true
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ('groups', 'group', 'axes'),
+  [
+    ('{{0,1,2,3},{4,5,6,7},{8,9,10,11}}', [0, 1, 2, 3], ('model',)),
+    ('{}', range(16), ('sae', 'data', 'model')),
+    ('[8,2]<=[2,2,4]T(0,2,1)', [0, 4], ('data',)),
+    ('[4,4]<=[16]', [0, 1, 2, 3], ('model',)),
+    ("mesh['axis_0'=2,'axis_1'=8] {'axis_0'}", [0, 8], ('sae',)),
+    ("mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", range(16), tuple(MESH)),
+    (
+      "mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,2,4]T(0,2,1)) "
+      "{'axis_2'}",
+      [0, 4],
+      ('data',),
+    ),
+  ],
+)
+def test_groups_say_which_axis_is_summed_over(groups, group, axes):
+  found = topology.first_group(groups, 16)
+  assert found.tolist() == list(group)
+  assert topology.axes_of(found, MESH) == axes
+
+
+def test_groups_of_another_form_are_an_error():
+  with pytest.raises(ValueError, match='not known'):
+    topology.first_group("mesh['axis_0'=16] {'axis_0':(1)4}", 16)
+
+
+def test_a_program_is_read():
+  (one,) = topology.collectives(PROGRAM)
+  assert (one.kind, one.size) == ('all-reduce', 8 * 4 * 4 + 2 * 4)
+  assert topology.first_group(one.groups, 8).tolist() == [0, 2, 4, 6]
+  assert topology.totals([one, one]) == {'all-reduce': (2, 2 * one.size)}
+  # The fusion reads one matrix and writes one, the copy reads it, and of the sum
+  # two integers lie outside.
+  assert topology.memory_bytes(PROGRAM) == 3 * 8 * 4 * 4 + 2 * 4
+
+
+def test_bytes_on_the_wire():
+  sent = lambda kind, size: roofline.wire_bytes(kind, size, 4)
+  assert sent('all-reduce', 100) == 150
+  assert sent('all-gather', 100) == 75
+  assert sent('reduce-scatter', 25) == 75
+  assert sent('all-to-all', 100) == 75
+  assert sent('collective-permute', 100) == 100
+  assert roofline.wire_bytes('all-reduce', 100, 1) == 0
+
+
+@pytest.mark.parametrize(
+  ('generation', 'bounds', 'taken', 'count'),
+  [
+    ('v5e', (2, 4), (2, 4), 2),  # No ring is closed.
+    ('v5e', (16, 16), (16, 16), 4),
+    ('v5e', (16, 16), (16, 1), 2),
+    ('v5e', (16, 16), (16, 4), 3),
+    ('v5e', (8, 16), (8, 16), 3),
+    ('v5p', (4, 4, 4), (4, 4, 4), 6),
+    ('v5p', (2, 4, 4), (2, 4, 4), 3),  # Part of a cube.
+    ('v5p', (4, 8, 8), (1, 8, 4), 3),
+  ],
+)
+def test_links_that_a_group_can_use(generation, bounds, taken, count):
+  places = np.indices(taken).reshape(len(taken), -1).T
+  chip = roofline.CHIPS[generation]
+  assert roofline.links(places, bounds, chip) == count
+
+
+@pytest.mark.parametrize(
+  ('chips', 'batch', 'split'),
+  [
+    (1, 4096, (1, 1)),
+    (8, 4096, (1, 8)),
+    (256, 4096, (2, 128)),  # The root of 256 * 32 is 91: 64 sends the same.
+    (256, 16_384, (4, 64)),  # Of 256 * 8, 45: 32 and 64 send the same.
+    (8, 131_072 * 64, (8, 1)),
+  ],
+)
+def test_the_best_split_sends_least(chips, batch, split):
+  assert roofline.best_split(chips, 131_072, batch) == split
+
+
+def test_the_best_split_divides_features_and_rows():
+  assert roofline.best_split(8, 6, 4) == (4, 2)
+
+
+def test_programs_cover_their_chips():
+  found = programs(131_072, 4096, 16)
+  assert len(set(found)) == len(found)
+  for program in found:
+    chips = np.prod(topology.bounds(program.topology))
+    assert np.prod(list(program.mesh.values())) == chips
+  most = {p.topology.partition(':')[0] for p in found if p.sae == 16}
+  assert most == set(roofline.CHIPS)
+
+
+SECONDS = {'compute': 0.002, 'memory': 0.005, 'network': 0.001}
+
+
+def row(topology, chips, sae=1):
+  return {
+    'topology': topology,
+    'chips': chips,
+    'mesh': {'sae': sae, 'data': 1, 'model': chips // sae},
+    'seconds': SECONDS,
+    **roofline.predict(SECONDS, 4000),
+  }
+
+
+def test_the_longest_time_is_the_bound():
+  found = roofline.predict(SECONDS, 4000)
+  assert found['bound'] == 'memory'
+  assert found['tokens_per_second'] == pytest.approx(
+    {
+      'overlapped': 800_000,
+      'one_after_the_other': 500_000,
+      'compute_alone': 2_000_000,
+    }
+  )
+
+
+def test_the_figure_is_an_svg_file_of_what_fits():
+  lacking = {'needs': '20.00G', 'has': '15.75G'}
+  small = {'topology': 'v5e:1x1', 'chips': 1, 'does_not_fit': lacking}
+  small['mesh'] = {'sae': 1, 'data': 1, 'model': 1}
+  rows = [small, row('v5e:2x4', 8), row('v5e:8x8', 64), row('v5e:8x8', 64, 16)]
+  text = roofline.draw([*rows, row('v6e:2x4', 8)])
+  root = ET.fromstring(text)
+  assert root.tag == '{http://www.w3.org/2000/svg}svg'
+  assert text.count('<circle') == 4 and text.count('<polygon') == 1
+  assert '>v5e</text>' in text and '>v5p</text>' not in text
+  assert len(text) < 100_000
+  assert '**needs 20.00G of 15.75G**' in cells(small)
+
+
+@pytest.mark.slow
+def test_the_flagship_on_eight_chips(tmp_path):
+  if not (LIBTPU / 'libtpu').is_dir():
+    pytest.skip(f'no libtpu in {LIBTPU}; make test installs it')
+  command = [sys.executable, '-m', 'benchmarks.scaling', '--only=v5e:2x4']
+  done = subprocess.run(
+    [*command, f'--results={tmp_path}'],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': f'{LIBTPU}:{ROOT}'},
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  (line,) = (tmp_path / 'scaling.jsonl').read_text().splitlines()
+  (found,) = json.loads(line)['rows']
+  assert found['mesh'] == {'sae': 1, 'data': 1, 'model': 8}
+  # Neither weights nor their gradients are sent.
+  (sums,) = found['collectives']
+  assert (sums['kind'], sums['axis']) == ('all-reduce', 'model')
+  assert sums['bytes'] <= 2 * 4096 * 3072 * 4 * 1.01
+  assert found['held']['peak'] < 16 * roofline.GB
+  assert found['units'] <= 7.1

@@ -1,0 +1,343 @@
+"""The sparse step: its gradients, its steps, when it is taken."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax import sae
+from gsae_jax.errors import UserError
+from gsae_jax.sae import make_module
+from gsae_jax.training import groups, optimizer, sparse
+from gsae_jax.training.dense import Inputs, Recipe
+from gsae_jax.training.groups import compile_step, ways
+from gsae_jax.training.schedule import Schedule
+from gsae_jax.training.sparse_step import sparse_gradients
+from gsae_jax.training.state import init_member, key_data, shardings, turn
+from gsae_jax.training.step import Hyperparameters
+from tests.sae import reference
+from tests.sae.test_gradients import D, F, activations, trained
+from tests.training import test_checkpoints as checkpoints
+from tests.training.conftest import (
+  member,
+  mesh_of,
+  run_steps,
+  settings,
+)
+
+MESHES = {'1': {}, '1x4': {'model': 4}, '2x2': {'data': 2, 'model': 2}}
+RECIPE = Recipe(
+  schedule=Schedule(10_000, 0, 0, 0, ()),
+  dead_after=10,
+  histogram_every=10,
+  clip_norm=None,
+  microbatches=1,
+)
+
+
+def module_of(variant, width=D, features=F, **changes):
+  architecture, options = reference.VARIANTS[variant]
+  config = sae.VARIANTS | options | changes
+  return make_module(
+    config
+    | {'architecture': architecture, 'width': width, 'features': features},
+    precision=changes.get('precision', 'float32'),
+  )
+
+
+def inputs_of(x, l1=0.1):
+  scalars = (np.float32(v) for v in (l1, 0.7, 1e-3))
+  return Inputs(jnp.asarray(x, jnp.float32), *scalars)
+
+
+@functools.cache
+def compiled(module, mesh, parts=1):
+  return jax.jit(
+    functools.partial(sparse_gradients, module=module, mesh=mesh, parts=parts)
+  )
+
+
+def gradients(module, p, x, mesh, parts=1):
+  """Sums, firings and gradients, in the paper's shapes."""
+  params = turn({k: jnp.asarray(v, jnp.float32) for k, v in p.items()})
+  sums, fired, _, grads = compiled(module, mesh, parts)(params, inputs_of(x))
+  return sums, np.asarray(fired), turn(jax.device_get(grads))
+
+
+def check(variant, p, x, mesh, parts=1, bound=1e-6):
+  """Equal to float64's, by the norm of each gradient."""
+  architecture, options = reference.VARIANTS[variant]
+  p = {k: np.asarray(v, np.float32).astype(np.float64) for k, v in p.items()}
+  _, terms, want = reference.LOSSES[architecture](
+    p, np.float64(np.float32(x)), 0.1, error_scale=0.7, **options
+  )
+  sums, fired, got = gradients(module_of(variant), p, x, mesh, parts)
+  assert got.keys() == want.keys()
+  for name in want:
+    error = np.linalg.norm(got[name] - want[name])
+    assert error <= bound * np.linalg.norm(want[name]), name
+  for name, value in terms.items():
+    np.testing.assert_allclose(getattr(sums, name) / len(x), value, rtol=2e-6)
+  return sums, fired, got
+
+
+def all_open(p):
+  return p | {k: p[k] + 50 for k in ('b_gate', 'b_mag', 'b_enc') if k in p}
+
+
+def all_shut(p):
+  return p | {k: p[k] - 50 for k in ('b_gate', 'b_enc') if k in p}
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('variant', ['gated', 'no_r_mag', 'relu'])
+def test_gradients_equal_float64(variant, mesh, rng):
+  module, p = trained(variant, rng)
+  x = activations(rng, rows=128)
+  mesh = mesh_of(**MESHES[mesh])
+  random = {k: rng.normal(size=v.shape) / 4 for k, v in p.items()}
+  random['b_dec'] = random['b_dec'] + 0.3
+  for params in (random, p, all_open(p), all_shut(p)):
+    check(variant, params, x, mesh)
+  sums, fired, got = check(variant, all_shut(p), x, mesh)
+  assert sums.open_share == 0 and not fired.any() and not got['W_dec'].any()
+  sums, fired, _ = check(variant, all_open(p), x, mesh)
+  assert sums.open_share == 1 and (fired == 128).all()
+  sums, fired, _ = check(variant, p, x, mesh)
+  assert 0.05 < sums.open_share < 0.95 and 0 < fired.sum() < fired.size * 60
+
+
+def test_microbatches_add_up_to_the_batch(rng):
+  _, p = trained('gated', rng)
+  x = activations(rng, rows=128)
+  whole, fired, _ = check('gated', p, x, mesh_of(data=2, model=2))
+  parts, fired_parts, _ = check('gated', p, x, mesh_of(data=2, model=2), 4)
+  np.testing.assert_array_equal(fired, fired_parts)
+  np.testing.assert_allclose(whole.sparsity, parts.sparsity, rtol=1e-5)
+  assert abs(whole.open_share - parts.open_share) < 0.02
+
+
+def test_capacities_reach_from_the_smallest_to_all():
+  assert sparse.capacities(64, 512, halves=False) == (64, 128, 256, 512)
+  assert sparse.capacities(16, 64, halves=True) == (16, 24, 32, 64)
+  assert sparse.capacities(16, 16, halves=True) == (16,)
+  assert sparse.capacities(64, 48, halves=False) == (48,)
+
+
+@pytest.mark.parametrize('by', [-1, 0, 1])
+def test_unions_at_every_capacity(by, rng):
+  # So many features are open on so many rows, exactly, in every tile.
+  features, rows = 512, 128
+  module = module_of('gated', features=features)
+  p = module.init(jax.random.key(3), jnp.zeros((1, D)))['params']
+  p = {k: np.asarray(v, np.float64) for k, v in p.items()}
+  mesh = mesh_of()
+  x = activations(rng, rows=rows)
+  of_features = sparse.capacities(64, features, halves=False)
+  of_rows = sparse.capacities(16, rows, halves=True)
+  for size in of_features:
+    count = min(size + by, features)
+    chosen = rng.permutation(features)[:count]
+    b_gate = np.full(features, -50.0)
+    b_gate[chosen] = 50
+    q = p | {'b_gate': b_gate, 'b_mag': b_gate / 2}
+    sums, fired, _ = compare(module, q, x, mesh)
+    np.testing.assert_allclose(sums.open_share, count / features, rtol=1e-6)
+    assert (fired > 0).sum() == count
+  for size in of_rows:
+    count = min(size + by, rows)
+    x[:, 0] = np.where(rng.permutation(rows) < count, 40, -40)
+    W_gate = np.array(p['W_gate'])
+    W_gate[0] = 1
+    _, fired, _ = compare(module, p | {'W_gate': W_gate}, x, mesh)
+    assert (fired == count).all()
+
+
+def compare(module, p, x, mesh):
+  p = {k: np.asarray(v, np.float32).astype(np.float64) for k, v in p.items()}
+  _, _, want = reference.gated_loss_and_gradients(
+    p, np.float64(np.float32(x)), 0.1, error_scale=0.7
+  )
+  found = gradients(module, p, x, mesh)
+  for name, g in want.items():
+    error = np.linalg.norm(found[2][name] - g)
+    assert error <= 1e-6 * np.linalg.norm(g), name
+  return found
+
+
+def stepped(way, mesh, variant, x_nBD, start, recipe=RECIPE, **changes):
+  """Metrics of each step, and the state behind them, in the paper's shapes."""
+  module = module_of(variant, **changes)
+  run = compile_step(module, recipe, mesh, stacked=False, way=way)
+  state = init_member(module, key_data(0))
+  state = state._replace(
+    params=turn({k: jnp.asarray(v, jnp.float32) for k, v in start.items()})
+  )
+  state = jax.device_put(state, shardings(mesh, state))
+  hyper = Hyperparameters(*(np.float32(v) for v in (1e-3, 0.1, 1.5, 0.7)))
+  told = []
+  for x_BD in x_nBD:
+    state, metrics = run(state, (jnp.asarray(x_BD),), hyper, which=None)
+    told.append(jax.device_get(metrics))
+  return told, jax.device_get(state)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'mesh'),
+  [('gated', '1'), ('gated', '1x4'), ('gated', '2x2'), ('relu', '1x4')],
+)
+def test_a_step_is_the_dense_one(variant, mesh, rng, monkeypatch):
+  # Second moments get another divisor twice on the way, and most features are
+  # shut for whole batches.
+  monkeypatch.setattr(optimizer, 'REBASE', 7)
+  _, start = trained(variant, rng)
+  for name in ('b_gate', 'b_enc'):
+    if name in start:
+      start[name] = start[name] - rng.exponential(size=F)
+  x_nBD = [activations(rng, rows=64) for _ in range(16)]
+  mesh = mesh_of(**MESHES[mesh])
+  want, dense = stepped('watched', mesh, variant, x_nBD, start)
+  got, found = stepped('sparse', mesh, variant, x_nBD, start)
+  for name, value in dense.params.items():
+    np.testing.assert_allclose(
+      found.params[name], value, atol=2e-6, err_msg=name
+    )
+    np.testing.assert_allclose(
+      found.opt_state.nu[name], dense.opt_state.nu[name], rtol=2e-4, atol=1e-9
+    )
+  assert found.opt_state.count == dense.opt_state.count == 16
+  np.testing.assert_array_equal(
+    found.steps_since_fired, dense.steps_since_fired
+  )
+  np.testing.assert_array_equal(found.fired_counts, dense.fired_counts)
+  np.testing.assert_allclose(found.open_share, dense.open_share, rtol=1e-6)
+  assert (dense.steps_since_fired > 0).sum() > 10
+  for a, b in zip(want, got, strict=True):
+    assert (a.pop('sparse_step'), b.pop('sparse_step')) == (0, 1)
+    # Of what moves, in one of them; rounding in both.
+    assert max(a.pop('decoder_norm_error'), b.pop('decoder_norm_error')) < 1e-6
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+      np.testing.assert_allclose(b[name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [{'clip_norm': 0.5}, {'microbatches': 4}, {'precision': 'bfloat16'}],
+  ids=str,
+)
+def test_clipped_in_parts_and_rounded(changes, rng):
+  _, start = trained('gated', rng)
+  x_nBD = [activations(rng, rows=64) for _ in range(3)]
+  precision = {k: v for k, v in changes.items() if k == 'precision'}
+  recipe = dataclasses.replace(
+    RECIPE, **{k: v for k, v in changes.items() if k != 'precision'}
+  )
+  both = [
+    stepped(way, mesh_of(), 'gated', x_nBD, start, recipe, **precision)
+    for way in ('dense', 'sparse')
+  ]
+  plain, _ = stepped('dense', mesh_of(), 'gated', x_nBD, start)
+  (want, dense), (got, found) = both
+  for name, value in dense.params.items():
+    np.testing.assert_allclose(
+      found.params[name], value, atol=2e-6, err_msg=name
+    )
+  for name in ('loss', 'l0', 'grad_norm'):
+    np.testing.assert_allclose(got[-1][name], want[-1][name], rtol=2e-5)
+  if changes.keys() == {'microbatches'}:
+    np.testing.assert_allclose(want[-1]['loss'], plain[-1]['loss'], rtol=1e-5)
+  else:
+    assert want[-1]['loss'] != plain[-1]['loss']
+
+
+def test_a_weight_that_is_no_number_is_seen_in_the_loss(rng):
+  _, start = trained('gated', rng)
+  start['W_gate'][3, 5] = np.nan
+  told, _ = stepped('sparse', mesh_of(), 'gated', [activations(rng)], start)
+  assert np.isnan(told[0]['loss'])
+
+
+def test_adam_is_optax_s_through_changes_of_the_divisor(rng, monkeypatch):
+  import optax
+
+  monkeypatch.setattr(optimizer, 'REBASE', 5)
+  ours = optimizer.adam()
+  theirs = optax.adam(-1.0, b1=0, b2=0.999, eps=1e-8)
+  params = {'w': jnp.ones((4, 3))}
+  a, b = ours.init(params), theirs.init(params)
+  for i in range(23):
+    g = {'w': jnp.asarray(rng.normal(size=(4, 3)) * (i % 3 > 0), jnp.float32)}
+    got, a = ours.update(g, a)
+    want, b = theirs.update(g, b)
+    np.testing.assert_allclose(got['w'], want['w'], rtol=1e-5)
+  monkeypatch.undo()
+  assert 0.35 < 0.999**optimizer.REBASE < 1
+
+
+@pytest.fixture
+def eager(monkeypatch):
+  """Small SAEs may take sparse steps, as soon as less than all is open."""
+  monkeypatch.setattr(groups, '_WORTH_SPARSE', 0)
+  monkeypatch.setattr(groups, '_OPEN_SHARE', 0.9)
+
+
+def test_a_run_goes_over_to_it_and_trains_the_same(store, eager):
+  one = member(l1=3.0, learning_rate=1e-3)
+  train = settings(steps=60)
+  losses, trained_, run = run_steps(
+    store, (one,), dataclasses.replace(train, sparse='never')
+  )
+  assert list(run.groups[0]._steps) == ['dense']
+  got, found, run = run_steps(store, (one,), train)
+  taken = {
+    way: step._cache_size() for way, step in run.groups[0]._steps.items()
+  }
+  assert taken == {'watched': 1, 'sparse': 1}  # And compiled once each.
+  np.testing.assert_allclose(got['a'], losses['a'], rtol=1e-5)
+  for name, value in trained_['a'].params.items():
+    np.testing.assert_allclose(found['a'].params[name], value, atol=1e-4)
+
+
+def test_a_run_that_was_stopped_takes_the_same_steps(store, tmp_path, eager):
+  # Around the change, too: what decides is in the checkpoint.
+  one = member(l1=3.0, learning_rate=3e-3)
+  s = settings(steps=36, log_every=1)
+  whole = checkpoints.train(store, tmp_path / 'whole', (one,), s)
+  ways_taken = [e['sparse_step'] for e in whole if 'sparse_step' in e]
+  first = ways_taken.index(1)
+  assert 0 < first < 30 and len(ways_taken) == 36
+  for stop in (first - 1, first, first + 1, first + 2):
+    path = tmp_path / f'cut{stop}'
+    checkpoints.train(store, path, (one,), s, stop_at=stop)
+    lines = checkpoints.train(store, path, (one,), s)
+    assert [e['loss'] for e in lines if 'loss' in e] == [
+      e['loss'] for e in whole if 'loss' in e
+    ]
+
+
+def test_which_ways_there_are():
+  gated, mesh = module_of('gated'), mesh_of()
+  big = module_of('gated', width=512, features=8192)
+  few = settings(batch_size=128)
+  way = lambda module=gated, s=few, mesh=mesh, stacked=False: ways(
+    s, module, mesh, stacked=stacked
+  )
+  always = dataclasses.replace(few, sparse='always')
+  assert way() == ('dense',)  # Too small to be worth compiling.
+  assert way(big) == ('watched', 'sparse')
+  assert way(big, dataclasses.replace(few, sparse='never')) == ('dense',)
+  assert way(s=always) == ('sparse',)
+  assert way(big, stacked=True) == ('dense',)
+  assert way(big, dataclasses.replace(few, batch_size=100)) == ('dense',)
+  for kwargs in (
+    {'s': dataclasses.replace(always, batch_size=100)},
+    {'module': module_of('untied'), 's': always},
+    {'module': module_of('unfrozen'), 's': always},
+    {'s': always, 'stacked': True},
+  ):
+    with pytest.raises(UserError, match='train.sparse'):
+      way(**kwargs)
