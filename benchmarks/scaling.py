@@ -97,7 +97,7 @@ def compile_program(program: Program, args) -> tuple[Mesh, jax.stages.Compiled]:
     topology.devices(program.topology), *program.mesh.values()
   )
   module = ARCHITECTURES['gated'](
-    args.width, args.features, precision=args.precision
+    args.width, args.features, precision=args.precision, turned=True
   )
   recipe = make_recipe(config_lib.parse(quickstart.get_config()).train)
   stacked = program.sae > 1

@@ -104,7 +104,7 @@ def test_exported_folder_is_the_same_sae(run, tmp_path):
   weights.write_bytes(whole)
   (tmp_path / 'out' / 'sae.json').write_text(json.dumps(about | {'schema': 7}))
   with pytest.raises(
-    ValueError, match='has schema 7, and this version reads 3'
+    ValueError, match='has schema 7, and this version reads 4'
   ):
     gsae_jax.load(str(tmp_path / 'out'))
 

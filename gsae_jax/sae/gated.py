@@ -78,7 +78,7 @@ class GatedSAE(layers.Dictionary):
     zeros = nn.initializers.zeros
     F, D = self.features, self.width
     self.W_dec = self.param('W_dec', layers.unit_rows, (F, D))
-    start = lambda _: self.encoder_scale * self.W_dec.T
+    start = lambda _: self.encoder_of(self.W_dec, self.encoder_scale)
     self.W_gate = self.param('W_gate', start)
     self.b_gate = self.param('b_gate', zeros, (F,))
     if self.encoder == 'tied':
@@ -98,13 +98,10 @@ class GatedSAE(layers.Dictionary):
       `pi_gate`, `f` (Eq. 6), both `[..., F]`, and `x_hat` `[..., D]`; and
       `pi_gate_centred`, of the value of `pi_gate`, without gradient for `b_dec`.
     """
-    centred = lambda W: layers.centred_product(
-      x_BD, self.b_dec, W, self.precision
-    )
-    gate_BF, shift_F = centred(self.W_gate)
+    gate_BF, shift_F = self.centred(x_BD, self.W_gate)
     mag_BF, mag_shift_F = gate_BF, shift_F
     if self.encoder == 'untied':
-      mag_BF, mag_shift_F = centred(self.W_mag)
+      mag_BF, mag_shift_F = self.centred(x_BD, self.W_mag)
     pi_gate_BF, f_BF = self.gate(
       gate_BF - shift_F,
       mag_BF - mag_shift_F,

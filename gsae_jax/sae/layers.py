@@ -1,5 +1,7 @@
 """What the architectures share: initial directions, products, decoder, errors."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,19 +16,25 @@ def unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
   return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
-def product(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+def product(
+  a: jax.Array, b: jax.Array, precision: str, turned: bool = False
+) -> jax.Array:
   """`a @ b` in float32; `b` is a matrix.
 
   Args:
     a: `[..., K]`, float32.
     b: `[K, N]`, float32.
+    turned: `b` is `[N, K]`. Its gradient is then made as it lies, and not
+      transposed.
     precision: 'float32' is true float32 on every device, where TPUs and GPUs
       take fewer bits unless they are told. 'bfloat16' rounds both factors, in
       the gradient too, and sums in float32.
   """
   if precision == 'bfloat16':
-    return _bfloat16_product(a, b)
-  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return _bfloat16_product(turned, a, b)
+  matrix = 'nk' if turned else 'kn'
+  highest = jax.lax.Precision.HIGHEST
+  return jnp.einsum(f'...k,{matrix}->...n', a, b, precision=highest)
 
 
 def _rounded_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -42,20 +50,22 @@ def _rounded_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 # Autodiff would multiply float32 cotangents with bfloat16 factors.
-@jax.custom_vjp
-def _bfloat16_product(a: jax.Array, b: jax.Array) -> jax.Array:
-  return _rounded_einsum('...k,kn->...n', a, b)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bfloat16_product(turned: bool, a: jax.Array, b: jax.Array) -> jax.Array:
+  matrix = 'nk' if turned else 'kn'
+  return _rounded_einsum(f'...k,{matrix}->...n', a, b)
 
 
-def _bfloat16_product_fwd(a, b):
-  return _bfloat16_product(a, b), (a, b)
+def _bfloat16_product_fwd(turned, a, b):
+  return _bfloat16_product(turned, a, b), (a, b)
 
 
-def _bfloat16_product_bwd(factors, g):
+def _bfloat16_product_bwd(turned, factors, g):
   a, b = factors
+  matrix = 'nk' if turned else 'kn'
   return (
-    _rounded_einsum('...n,kn->...k', g, b),
-    _rounded_einsum('...k,...n->kn', a, g),
+    _rounded_einsum(f'...n,{matrix}->...k', g, b),
+    _rounded_einsum(f'...k,...n->{matrix}', a, g),
   )
 
 
@@ -63,9 +73,15 @@ _bfloat16_product.defvjp(_bfloat16_product_fwd, _bfloat16_product_bwd)
 
 
 def centred_product(
-  x_BD: jax.Array, b_dec_D: jax.Array, W_DF: jax.Array, precision: str
+  x_BD: jax.Array,
+  b_dec_D: jax.Array,
+  W: jax.Array,
+  precision: str,
+  turned: bool,
 ) -> tuple[jax.Array, jax.Array]:
   """`(x - b_dec) W`, in two parts that say who may move `b_dec`.
+
+  `W` is `[D, F]`, or `[F, D]` if it is `turned`.
 
   Returns:
     `z [..., F]`, which has the value and passes no gradient to `b_dec`, and
@@ -76,9 +92,10 @@ def centred_product(
   eight.
   """
   frozen_D = jax.lax.stop_gradient(b_dec_D)
-  z_BF = product(x_BD - frozen_D, W_DF, precision)
+  z_BF = product(x_BD - frozen_D, W, precision, turned)
   # In float32 also beside bfloat16 products: it is the bias's gradient.
-  shift_F = product(b_dec_D - frozen_D, jax.lax.stop_gradient(W_DF), 'float32')
+  frozen = jax.lax.stop_gradient(W)
+  shift_F = product(b_dec_D - frozen_D, frozen, 'float32', turned)
   return z_BF, shift_F
 
 
@@ -121,13 +138,24 @@ class Dictionary(nn.Module):
     width: D.
     features: F.
     precision: of products, see `product`.
+    turned: encoders are `[F, D]`, as they lie in training, where all of a feature
+      is a row.
   """
 
   width: int
   features: int
   precision: str = 'float32'
+  turned: bool = False
 
   frozen = ()  # Parameters that are not trained.
+
+  def encoder_of(self, W_dec_FD: jax.Array, scale: float) -> jax.Array:
+    """An encoder to start with: `scale * W_dec^T`."""
+    return scale * (W_dec_FD if self.turned else W_dec_FD.T)
+
+  def centred(self, x_BD: jax.Array, W: jax.Array):
+    """See `centred_product`."""
+    return centred_product(x_BD, self.b_dec, W, self.precision, self.turned)
 
   def encode(self, x_BD: jax.Array) -> jax.Array:
     """Features, `[..., D] -> [..., F]`."""

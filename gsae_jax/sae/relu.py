@@ -32,16 +32,14 @@ class ReluSAE(layers.Dictionary):
     F, D = self.features, self.width
     self.W_dec = self.param('W_dec', layers.unit_rows, (F, D))
     self.W_enc = self.param(
-      'W_enc', lambda _: self.encoder_scale * self.W_dec.T
+      'W_enc', lambda _: self.encoder_of(self.W_dec, self.encoder_scale)
     )
     self.b_enc = self.param('b_enc', nn.initializers.zeros, (F,))
     self.b_dec = self.param('b_dec', nn.initializers.zeros, (D,))
 
   def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
     """Returns `f` `[..., F]` (Eq. 2) and `x_hat` `[..., D]` (Eq. 3)."""
-    z_BF, shift_F = layers.centred_product(
-      x_BD, self.b_dec, self.W_enc, self.precision
-    )
+    z_BF, shift_F = self.centred(x_BD, self.W_enc)
     (f_BF,) = self.codes(z_BF - shift_F, {'b_enc': self.b_enc})
     return {'f': f_BF, 'x_hat': self.decode(f_BF)}
 
@@ -74,7 +72,8 @@ class RescaleShiftSAE(layers.Dictionary):
     F, D = self.features, self.width
     zeros = nn.initializers.zeros
     self.W_dec = self.param('W_dec', zeros, (F, D))
-    self.W_enc = self.param('W_enc', zeros, (D, F))
+    shape = (F, D) if self.turned else (D, F)
+    self.W_enc = self.param('W_enc', zeros, shape)
     for name in ('b_enc', 'r_mag', 'b_mag'):
       setattr(self, name, self.param(name, zeros, (F,)))
     self.b_dec = self.param('b_dec', zeros, (D,))
@@ -87,9 +86,7 @@ class RescaleShiftSAE(layers.Dictionary):
 
   def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
     """Returns `f` `[..., F]` and `x_hat` `[..., D]`."""
-    z_BF, shift_F = layers.centred_product(
-      x_BD, self.b_dec, self.W_enc, self.precision
-    )
+    z_BF, shift_F = self.centred(x_BD, self.W_enc)
     z_BF -= shift_F
     pi_mag_BF = jnp.exp(self.r_mag) * z_BF + self.b_mag
     f_BF = jnp.where(z_BF + self.b_enc > 0, jax.nn.relu(pi_mag_BF), 0)

@@ -13,7 +13,7 @@ from gsae_jax.training.loss import losses
 from gsae_jax.training.optimizer import Moments
 from gsae_jax.training.schedule import Schedule
 from gsae_jax.training.sparse import Sums, open_share
-from gsae_jax.training.state import OPTIMIZER, MemberState, turn
+from gsae_jax.training.state import OPTIMIZER, MemberState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _dense_gradients(module, share, frozen, params, x_BD, inputs: Inputs):
 
   def loss(params):
     loss_B, terms = losses(
-      module, turn(frozen | params), x_BD, inputs.l1, inputs.error_scale
+      module, frozen | params, x_BD, inputs.l1, inputs.error_scale
     )
     return jnp.sum(loss_B) / len(inputs.x_BD), terms
 

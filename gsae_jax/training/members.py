@@ -44,6 +44,7 @@ def make_member(
     dataclasses.asdict(config) | {'width': site.width},
     encoder_scale=settings.encoder_scale,
     precision=settings.precision,
+    turned=True,
   )
   scale = 1.0
   if settings.normalize == 'mean_squared_norm':

@@ -23,7 +23,7 @@ from gsae_jax.training.groups import Group
 from gsae_jax.training.loss import losses
 from gsae_jax.training.members import Member
 from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.state import MemberState, turn
+from gsae_jax.training.state import MemberState
 from gsae_jax.training.step import Hyperparameters
 
 
@@ -60,7 +60,7 @@ def row_losses(
   """The loss (Eq. 4 or 8) of each row at this step, `[B]`."""
   x_BD = x_BD.astype(jnp.float32) * hyper.scale
   l1 = hyper.l1 * schedule.l1(state.step)
-  return losses(module, turn(state.params), x_BD, l1, hyper.error_scale)[0]
+  return losses(module, state.params, x_BD, l1, hyper.error_scale)[0]
 
 
 def resample(

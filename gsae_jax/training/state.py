@@ -100,11 +100,11 @@ def init_member(module: nn.Module, rng: jax.Array) -> MemberState:
   """A fresh state.
 
   Args:
-    module: the architecture.
+    module: the architecture, turned.
     rng: see `key_data`.
   """
   key = jax.random.wrap_key_data(rng)
-  params = turn(module.init(key, jnp.zeros((1, module.width)))['params'])
+  params = module.init(key, jnp.zeros((1, module.width)))['params']
   trained = {k: v for k, v in params.items() if k not in module.frozen}
   return MemberState(
     step=jnp.zeros((), jnp.int32),

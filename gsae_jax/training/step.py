@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from gsae_jax.training.dense import Found, Inputs, Recipe, dense_step
 from gsae_jax.training.loss import losses
 from gsae_jax.training.sparse_step import sparse_step
-from gsae_jax.training.state import MemberState, turn
+from gsae_jax.training.state import MemberState
 
 
 class Hyperparameters(NamedTuple):
@@ -141,6 +141,6 @@ def is_sound(
   """
   x_BD = x_BD.astype(jnp.float32) * hyper.scale
   l1 = hyper.l1 * recipe.schedule.l1(state.step)
-  loss_B, _ = losses(module, turn(state.params), x_BD, l1, hyper.error_scale)
+  loss_B, _ = losses(module, state.params, x_BD, l1, hyper.error_scale)
   leaves = [loss_B, *jax.tree.leaves((state.params, state.opt_state.nu))]
   return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -153,7 +153,7 @@ def collectives(text):
 
 def compiled(mesh, *, B, D, F, members=0):
   """The step's program as text."""
-  module = GatedSAE(width=D, features=F)
+  module = GatedSAE(width=D, features=F, turned=True)
   step = compile_step(
     module, make_recipe(settings()), mesh, stacked=bool(members)
   )

@@ -20,6 +20,7 @@ from tests.training.conftest import (
   settings,
   start,
   states,
+  turned,
 )
 from tests.training.test_checkpoints import train
 
@@ -66,7 +67,8 @@ def test_dead_features_start_anew_and_the_others_do_not_move(store, rng):
     )
     dead = np.arange(64) % 3 == 0
     drawn = rng.normal(size=(64, 16)).astype(np.float32)
-    new = resampling.resample(state, dead, drawn, module=run.groups[0].module)
+    module = run.groups[0].module
+    new = turned(resampling.resample(turned(state), dead, drawn, module=module))
     direction = drawn - params['b_dec']
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     np.testing.assert_allclose(
@@ -152,7 +154,7 @@ def test_dead_features_are_revived_and_only_they_are_touched(
   params[bias] = jax.device_put(
     np.where(shut, -100, 0).astype(np.float32), params[bias].sharding
   )
-  run.groups[0].put({'a': state._replace(params=params)})
+  run.groups[0].put({'a': turned(state._replace(params=params))})
   for _ in range(12):
     run.step(next(batches))
   before = jax.device_get(states(run)['a'])
@@ -190,7 +192,7 @@ def test_inputs_are_drawn_by_the_whole_loss(store):
   x = open_loader(store, (one,), settings()).rows_at(0, 'resid_post.0')
   hyper = group.members[0].hyper
   schedule = make_recipe(settings(l1_warmup_steps=4)).schedule
-  got = resampling.row_losses(group.module, schedule, state, hyper, x)
+  got = resampling.row_losses(group.module, schedule, turned(state), hyper, x)
   p = {k: np.asarray(v, np.float64) for k, v in state.params.items()}
   for i in (0, 5, 77):
     # At step 0 of 4, the coefficient is a quarter.
@@ -211,7 +213,8 @@ def test_draws_are_of_the_members_own_seed(store):
   for group in run.groups:
     (name,) = group.names
     own = group.states()[name].rng
-    group.put({name: first._replace(steps_since_fired=dead, rng=own)})
+    one = first._replace(steps_since_fired=dead, rng=own)
+    group.put({name: turned(one)})
   resample = resampling.Resampler(
     run.groups, open_loader(store, members, s), s, make_recipe(s).schedule,
     mesh_of(),

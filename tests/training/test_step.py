@@ -88,8 +88,8 @@ def test_members_of_equal_shape_share_one_program(store):
   members = (member('a', l1=0.05), member('b', l1=0.2, seed=1))
   _, _, run = run_steps(store, members, settings(steps=3))
   a, b = run.groups
-  assert a._program is b._program
-  assert a._program._cache_size() == 1
+  assert a._steps['dense'] is b._steps['dense']
+  assert a._steps['dense']._cache_size() == 1
 
 
 def test_normalisation_makes_units_irrelevant(store):

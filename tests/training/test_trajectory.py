@@ -8,8 +8,9 @@ import pytest
 
 from gsae_jax import sae
 from gsae_jax.training import state as state_lib
+from gsae_jax.training.dense import Recipe
 from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.step import Hyperparameters, Recipe, train_step
+from gsae_jax.training.step import Hyperparameters, train_step
 from tests.sae import reference
 
 D, F, B, STEPS = 32, 128, 256, 100
@@ -32,7 +33,7 @@ def activations(seed=0):
 def module_of(variant):
   architecture, options = reference.VARIANTS[variant]
   about = {'architecture': architecture, 'width': D, 'features': F}
-  return sae.make_module(sae.VARIANTS | about | options)
+  return sae.make_module(sae.VARIANTS | about | options, turned=True)
 
 
 def ours(variant, batches):
@@ -43,12 +44,13 @@ def ours(variant, batches):
     dead_after=100,
     histogram_every=100,
     clip_norm=None,
+    microbatches=1,
   )
   step = jax.jit(functools.partial(train_step, module=module, recipe=recipe))
   state = state_lib.init_member(module, state_lib.key_data(0))
   hyper = Hyperparameters(*map(np.float32, (RATE, L1, 1.0, 1.0)))
   host = lambda params: {
-    k: np.asarray(v, np.float64) for k, v in params.items()
+    k: np.asarray(v, np.float64) for k, v in state_lib.turn(params).items()
   }
   first = host(state.params)
   for x in batches:

@@ -13,7 +13,6 @@ from tests.training.conftest import (
   run_steps,
   settings,
   start,
-  states,
 )
 
 
@@ -73,7 +72,7 @@ def test_rescale_and_shift_starts_as_its_baseline_whatever_the_scale(
     )  # fmt: skip
     module, (group,) = run.groups[0].module, run.groups
     scale = group.members[0].hyper.scale
-    params = jax.device_get(states(run)['s'].params)
+    params = jax.device_get(group.states()['s'].params)
     f = module.apply({'params': params}, x * scale)['f'] / scale
     np.testing.assert_allclose(f, load(str(baseline)).encode(x), atol=1e-4)
 
