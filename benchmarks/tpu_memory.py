@@ -110,7 +110,9 @@ def compile_case(case: Case):
       name: abstract(s.shape, s.dtype, placed.place_sae(name, s.shape))
       for name, s in shapes.items()
     }
-    fn = functools.partial(passes.spliced_pass, module, sae, case.sites[0])
+    fn = functools.partial(
+      passes.spliced_pass, module, sae, case.sites[0], False
+    )
     taken = {
       name: abstract((*shape, size), jnp.bfloat16, layout.contexts)
       for name, size in (

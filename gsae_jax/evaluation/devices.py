@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -13,6 +14,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.lm.layouts import Layout
 from gsae_jax.lm.weights import LanguageModel
 from gsae_jax.sae import SPECS
+from gsae_jax.sae.layers import Dictionary
 
 AXIS = 'data'
 
@@ -21,6 +23,9 @@ _SHARE = 0.25
 
 # 128 MiB.
 _LOGITS = 2**25
+
+# Features from which decoding by tiles is faster.
+_LARGE = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +77,15 @@ class Devices:
       return _LOGITS
     # What goes into a cache, in products that are still large, is faster by 1.2.
     return min(_LOGITS, 256 * vocabulary)
+
+  def decodes_by_tiles(self, module: nn.Module) -> bool:
+    """Whether reconstructions of an SAE are made of what is in use alone.
+
+    Where that was measured, and the SAE is large.
+    """
+    on_cpu = self.layout.mesh.devices.flat[0].platform == 'cpu'
+    large = isinstance(module, Dictionary) and module.features >= _LARGE
+    return self.pmapped and on_cpu and large
 
   def language_model(self, lm: LanguageModel) -> Any:
     """Its parameters, as the layout says."""

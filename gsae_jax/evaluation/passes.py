@@ -18,6 +18,7 @@ from gsae_jax.evaluation.devices import Out
 from gsae_jax.evaluation.top import Top, update
 from gsae_jax.lm.effects import direct_logits
 from gsae_jax.lm.transformer import Transformer, unembed
+from gsae_jax.sae import tiles
 
 
 def clean_pass(
@@ -87,6 +88,7 @@ def spliced_pass(
   module: Transformer,
   sae: nn.Module,
   site: str,
+  by_tiles: bool,
   lm_params,
   ids_BL,
   m_BL,
@@ -100,6 +102,7 @@ def spliced_pass(
     module: the language model.
     sae: its output has `f` and `x_hat`.
     site: where.
+    by_tiles: decode only what is in use, which takes a program of one device.
     lm_params: parameters of the language model.
     ids_BL: token ids.
     m_BL: the mask.
@@ -117,6 +120,9 @@ def spliced_pass(
   x_BLD = taken[site].astype(jnp.float32)
   out = sae.apply({'params': sae_params}, x_BLD)
   f_BLF, x_hat_BLD = out['f'], out['x_hat']
+  if by_tiles:
+    decoded = tiles.decode(f_BLF, sae_params['W_dec'], sae.precision)
+    x_hat_BLD = decoded + sae_params['b_dec']
   hidden = _spliced(module, site, lm_params, ids_BL, m_BL, taken, x_hat_BLD)
   dot_BL = jnp.sum(x_BLD * x_hat_BLD, -1)
   x2_BL = jnp.sum(x_BLD**2, -1)

@@ -242,7 +242,8 @@ class _Run:
       site_rows[site] = out.rows
       others += out.kept
     for name, (module, site, _) in self._saes.items():
-      program = of._compiled(passes.spliced_pass, module, site)
+      by_tiles = devices.decodes_by_tiles(module)
+      program = of._compiled(passes.spliced_pass, module, site, by_tiles)
       heap = None
       if self._top is not None:
         size = len(self._policy.masks[batch])

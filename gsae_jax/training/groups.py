@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from gsae_jax.activations.store import Store, check_site
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.errors import UserError
+from gsae_jax.sae.tiles import FEW, ROWS
 from gsae_jax.training import state as state_lib
 from gsae_jax.training.dense import Recipe
 from gsae_jax.training.members import Member, make_member, make_recipe
-from gsae_jax.training.sparse import ROWS
 from gsae_jax.training.state import MemberState
 from gsae_jax.training.step import is_sound, train_step
 
@@ -25,10 +25,8 @@ from gsae_jax.training.step import is_sound, train_step
 # estimate from what launching kernels takes on an H200, not a measurement.
 _WORTH_STACKING = 1e11
 
-# D * F * B from which a sparse step is worth the seconds that it takes to compile,
-# and the share of features open in a tile of rows below which it is faster.
+# D * F * B from which a sparse step is worth the seconds that it takes to compile.
 _WORTH_SPARSE = 2**28
-_OPEN_SHARE = 1 / 8
 
 Baseline = Callable[[MemberConfig], dict[str, np.ndarray]]
 
@@ -96,7 +94,7 @@ class Group:
     """
     if len(self._steps) == 1:
       return next(iter(self._steps))
-    few = jax.device_get(self._shares[0]) < _OPEN_SHARE
+    few = jax.device_get(self._shares[0]) < FEW
     return 'sparse' if few else 'watched'
 
   def put(self, states: dict[str, MemberState]) -> None:

@@ -13,9 +13,9 @@ encoder's, runs over all features and rows, and the others over what is open:
 
 Nothing is scattered but whole rows, each once, so the sums have one order. Each
 tile takes the smallest of some capacities that holds its union, and the largest is
-everything: what comes out is exact whatever is open.
+everything (`sae/tiles.py`): what comes out is exact whatever is open.
 
-Features come first here: `z_FB`. n is codes, T rows of a tile, U slots.
+Features come first here: `z_FB`. T is rows or features of a tile, U slots.
 """
 
 import dataclasses
@@ -28,10 +28,17 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax.sae.layers import product
+from gsae_jax.sae.tiles import (
+  ROWS,
+  capacities,
+  compact,
+  decode_tiles,
+  put_rows,
+  take,
+  which,
+)
 
-# Rows, and features, of a tile: measured on CPUs, where more of them make larger
-# unions, and fewer make products too thin.
-ROWS, FEATURES = 8, 16
+FEATURES = 16  # Of a tile, as `tiles.ROWS`.
 
 
 class Sums(NamedTuple):
@@ -68,20 +75,6 @@ class Rows:
   write: Callable[..., Any]
 
 
-def capacities(smallest: int, total: int, *, halves: bool) -> tuple[int, ...]:
-  """Sizes of unions that are compiled: powers of 2 times the smallest, then all.
-
-  Args:
-    smallest: of them.
-    total: all.
-    halves: also sizes midway, which take longer to compile.
-  """
-  sizes = [smallest]
-  while 4 * sizes[-1] <= total:
-    sizes += [sizes[-1] * 3 // 2] * halves + [2 * sizes[-1]]
-  return (*(size for size in sizes if size < total), total)
-
-
 def open_share(open_BF: jax.Array) -> jax.Array:
   """The share of features that is open in a tile of rows, mean over tiles.
 
@@ -91,28 +84,6 @@ def open_share(open_BF: jax.Array) -> jax.Array:
   whole = B // ROWS * ROWS
   return jnp.mean(
     jnp.any(open_BF[:whole].reshape(-1, ROWS, F), 1), dtype=jnp.float32
-  )
-
-
-def take(a: jax.Array, *ids: jax.Array) -> jax.Array:
-  """`a[ids]`, without checks of what is known to be in bounds."""
-  return a.at[ids].get(mode='promise_in_bounds')
-
-
-def put_rows(a: jax.Array, ids: jax.Array, live: jax.Array, rows) -> jax.Array:
-  """`a` with rows replaced, but for those that are not live."""
-  ids = jnp.where(live, ids, len(a))
-  return a.at[ids].set(rows, mode='drop', unique_indices=True)
-
-
-def _compact(mask_N: jax.Array, size: int) -> jax.Array:
-  """Indices of the first `size` true entries, ascending, and 0 behind them."""
-  slots_N = jnp.cumsum(mask_N, dtype=jnp.int32) - 1
-  ids_N = jnp.arange(len(mask_N), dtype=jnp.int32)
-  return (
-    jnp.zeros(size, jnp.int32)
-    .at[jnp.where(mask_N, slots_N, size)]
-    .set(ids_N, mode='drop', unique_indices=True)
   )
 
 
@@ -129,68 +100,29 @@ def _unions(open_FB: jax.Array) -> jax.Array:
   return jax.lax.optimization_barrier((union != 0).T)
 
 
-def _smallest(sizes: tuple[int, ...], count: jax.Array) -> jax.Array:
-  """Which of the capacities holds so many."""
-  return jnp.sum(jnp.array(sizes[:-1]) < count)
-
-
 def _decode(
   module: nn.Module,
   W_dec_FD: jax.Array,
   vectors_F1: dict[str, jax.Array],
   z_FB: jax.Array,
   unions: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """What the codes decode to, without bias, `[n, B, D]`; the penalised's sum."""
+) -> tuple[list[jax.Array], jax.Array]:
+  """What each code decodes to, `[B, D]` without bias; the penalised one's sum."""
   F, B = z_FB.shape
-  D = W_dec_FD.shape[1]
   z_FiT = z_FB.reshape(F, -1, ROWS)
-  n = len(module.codes(*_shapes(module, z_FB)))
-  sizes = capacities(64, F, halves=False)
 
-  def of(codes, W_UD):
-    f_TnU = jnp.concatenate([c.T for c in codes])
-    return product(f_TnU, W_UD, module.precision), jnp.sum(codes[-1])
+  def codes(i, ids):
+    if ids is None:
+      z_UT, vectors = z_FiT[:, i], vectors_F1
+    else:
+      z_UT = take(z_FiT, ids, jnp.full(len(ids), i))
+      vectors = {k: take(v, ids) for k, v in vectors_F1.items()}
+    return jnp.concatenate([c.T for c in module.codes(z_UT, vectors)])
 
-  def some(size):
-    def branch(i, union_F):
-      ids = _compact(union_F, size)
-      filled = jnp.arange(size) < jnp.sum(union_F)
-      z_UT = take(z_FiT, ids, jnp.full(size, i))
-      codes = module.codes(
-        z_UT, {k: take(v, ids) for k, v in vectors_F1.items()}
-      )
-      codes = [jnp.where(filled[:, None], c, 0) for c in codes]
-      return of(codes, take(W_dec_FD, ids))
-
-    return branch
-
-  def all_(i, union_F):
-    del union_F
-    return of(module.codes(z_FiT[:, i], vectors_F1), W_dec_FD)
-
-  branches = [*(some(size) for size in sizes[:-1]), all_]
-  counts = jnp.sum(unions, 1, dtype=jnp.int32)
-
-  def body(i, carry):
-    decoded, total = carry
-    which = _smallest(sizes, counts[i])
-    y, penalised = jax.lax.switch(which, branches, i, unions[i])
-    y = y.reshape(n, 1, ROWS, D)
-    return (
-      jax.lax.dynamic_update_slice(decoded, y, (0, i, 0, 0)),
-      total + penalised,
-    )
-
-  start = jnp.zeros((n, B // ROWS, ROWS, D)), jnp.zeros(())
-  decoded, total = jax.lax.fori_loop(0, B // ROWS, body, start)
-  return decoded.reshape(n, B, D), total
-
-
-def _shapes(module: nn.Module, z_FB: jax.Array):
-  """Of the arguments of `codes`."""
-  one = jnp.zeros((1, 1), z_FB.dtype)
-  return one, dict.fromkeys(module.vectors, one)
+  decoded, sums = decode_tiles(codes, unions, W_dec_FD, module.precision)
+  starts = range(0, decoded.shape[1], ROWS)
+  parts = [decoded[:, i : i + ROWS].reshape(B, -1) for i in starts]
+  return parts, jnp.sum(sums[:, -ROWS:])
 
 
 def sparse_pass(
@@ -234,12 +166,11 @@ def sparse_pass(
   decoded, penalised = _decode(
     module, params['W_dec'], vectors_F1, z_FB, unions
   )
-  decoded_nBD = jax.lax.psum(decoded, 'model')
-  error_nBD = decoded_nBD + b_dec_D - x_BD
-  # Apart, or slices of them would be copied for every tile.
-  back_BD = tuple((2 * error_scale / batch_size) * e_BD for e_BD in error_nBD)
-  x_hat_BD = decoded_nBD[0] + b_dec_D
-  squares = jnp.sum(error_nBD**2, (1, 2))
+  decoded = jax.lax.psum(decoded, 'model')
+  errors = [d_BD + b_dec_D - x_BD for d_BD in decoded]
+  back_BD = [(2 * error_scale / batch_size) * e_BD for e_BD in errors]
+  x_hat_BD = decoded[0] + b_dec_D
+  squares = jnp.stack([jnp.sum(e_BD**2) for e_BD in errors])
   over_rows = jax.lax.psum(
     (squares, jnp.sum(x_hat_BD**2), jnp.sum(x_hat_BD * x_BD)), 'data'
   )
@@ -258,7 +189,7 @@ def sparse_pass(
   touched_F = jnp.any(unions, 0) | every_row
   count = jnp.sum(touched_F, dtype=jnp.int32)
   F = len(touched_F)
-  order = _compact(touched_F, F + FEATURES)
+  order = compact(touched_F, F + FEATURES)
   sizes = capacities(16, B, halves=True)
 
   def gradients(z_TU, filled_U, x_UD, back, read):
@@ -283,7 +214,7 @@ def sparse_pass(
 
   def some(size):
     def branch(z_TB, open_B, read):
-      ids = _compact(open_B, size)
+      ids = compact(open_B, size)
       filled = jnp.arange(size) < jnp.sum(open_B)
       z_TU = jnp.take(z_TB, ids, axis=1, mode='clip')
       back = [take(g_BD, ids) for g_BD in back_BD]
@@ -305,8 +236,8 @@ def sparse_pass(
     z_TB = take(z_FB, ids)
     vectors_T1 = {k: read[k][:, None] for k in module.vectors}
     open_B = jnp.any(~(module.codes(z_TB, vectors_T1)[-1] <= 0), 0)
-    which = _smallest(sizes, jnp.sum(open_B))
-    grads, d_z_T, fired_T = jax.lax.switch(which, branches, z_TB, open_B, read)
+    size = which(sizes, jnp.sum(open_B))
+    grads, d_z_T, fired_T = jax.lax.switch(size, branches, z_TB, open_B, read)
     pulled_D += product(jnp.where(live, d_z_T, 0), read[encoder], 'float32')
     norm_T = jnp.linalg.norm(read['W_dec'], axis=-1)
     worst = jnp.max(jnp.where(live, jnp.abs(norm_T - 1), 0))

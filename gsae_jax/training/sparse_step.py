@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gsae_jax.sae.tiles import put_rows, take
 from gsae_jax.training.dense import (
   Found,
   Inputs,
@@ -29,13 +30,7 @@ from gsae_jax.training.optimizer import (
   scales,
   touches_every_row,
 )
-from gsae_jax.training.sparse import (
-  Rows,
-  Sums,
-  put_rows,
-  sparse_pass,
-  take,
-)
+from gsae_jax.training.sparse import Rows, Sums, sparse_pass
 from gsae_jax.training.state import SPECS, MemberState
 
 _INPUTS = Inputs(P('data'), P(), P(), P())

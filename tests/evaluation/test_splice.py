@@ -12,7 +12,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.evaluation import devices as devices_lib
 from gsae_jax.evaluation import metrics, passes
 from gsae_jax.evaluation.splice import Evaluator
-from gsae_jax.sae import ARCHITECTURES
+from gsae_jax.sae import ARCHITECTURES, tiles
 from tests.conftest import held_out_contexts, layout_of
 
 SITE, WIDTH, FEATURES, LENGTH = 'mlp_out.0', 128, 192, 32
@@ -200,6 +200,27 @@ def test_neither_devices_nor_batches_matter(changes, embedded, contexts, saes):
   for sae, record in want.items():
     assert got[sae].keys() == record.keys()
     assert_equal(flat(got[sae]), flat(record))
+
+
+@pytest.mark.parametrize('few', [0.0, 2.0])  # Whole products; by tiles.
+def test_decoding_by_tiles_measures_the_same(
+  few, embedded, contexts, saes, monkeypatch
+):
+  whole = evaluate(embedded, contexts, saes)
+  asked = []
+  decode = tiles.decode
+  monkeypatch.setattr(
+    tiles, 'decode', lambda *a: asked.append(a[0].shape) or decode(*a)
+  )
+  monkeypatch.setattr(devices_lib, '_LARGE', FEATURES)
+  monkeypatch.setattr(tiles, 'FEW', few)
+  found = evaluate(embedded, contexts, saes)
+  assert asked == [(2, LENGTH, FEATURES)] * 2
+  for name in saes:
+    assert_equal(flat(found[name]), flat(whole[name]))
+  # Only programs of one device do.
+  evaluate(embedded, contexts, saes, parallel='mesh')
+  assert len(asked) == 2
 
 
 @pytest.mark.parametrize('policy', ['drop', 'keep'])

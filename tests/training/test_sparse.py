@@ -10,8 +10,8 @@ import pytest
 
 from gsae_jax import sae
 from gsae_jax.errors import UserError
-from gsae_jax.sae import make_module
-from gsae_jax.training import groups, optimizer, sparse
+from gsae_jax.sae import make_module, tiles
+from gsae_jax.training import groups, optimizer
 from gsae_jax.training.dense import Inputs, Recipe
 from gsae_jax.training.groups import compile_step, ways
 from gsae_jax.training.schedule import Schedule
@@ -127,13 +127,6 @@ def test_microbatches_add_up_to_the_batch(rng):
   assert abs(whole.open_share - parts.open_share) < 0.02
 
 
-def test_capacities_reach_from_the_smallest_to_all():
-  assert sparse.capacities(64, 512, halves=False) == (64, 128, 256, 512)
-  assert sparse.capacities(16, 64, halves=True) == (16, 24, 32, 64)
-  assert sparse.capacities(16, 16, halves=True) == (16,)
-  assert sparse.capacities(64, 48, halves=False) == (48,)
-
-
 @pytest.mark.parametrize('by', [-1, 0, 1])
 def test_unions_at_every_capacity(by, rng):
   # So many features are open on so many rows, exactly, in every tile.
@@ -143,8 +136,8 @@ def test_unions_at_every_capacity(by, rng):
   p = {k: np.asarray(v, np.float64) for k, v in p.items()}
   mesh = mesh_of()
   x = activations(rng, rows=rows)
-  of_features = sparse.capacities(64, features, halves=False)
-  of_rows = sparse.capacities(16, rows, halves=True)
+  of_features = tiles.capacities(64, features, halves=False)
+  of_rows = tiles.capacities(16, rows, halves=True)
   for size in of_features:
     count = min(size + by, features)
     chosen = rng.permutation(features)[:count]
@@ -286,7 +279,7 @@ def test_adam_is_optax_s_through_changes_of_the_divisor(rng, monkeypatch):
 def eager(monkeypatch):
   """Small SAEs may take sparse steps, as soon as less than all is open."""
   monkeypatch.setattr(groups, '_WORTH_SPARSE', 0)
-  monkeypatch.setattr(groups, '_OPEN_SHARE', 0.9)
+  monkeypatch.setattr(groups, 'FEW', 0.9)
 
 
 def test_a_run_goes_over_to_it_and_trains_the_same(store, eager):
