@@ -151,11 +151,11 @@ def collectives(text):
   return found
 
 
-def compiled(mesh, *, B, D, F, members=0):
+def compiled(mesh, *, B, D, F, members=0, way='dense'):
   """The step's program as text."""
   module = GatedSAE(width=D, features=F, turned=True)
   step = compile_step(
-    module, make_recipe(settings()), mesh, stacked=bool(members)
+    module, make_recipe(settings()), mesh, stacked=bool(members), way=way
   )
   front = (members,) if members else ()
   shapes = jax.tree.map(
@@ -174,9 +174,10 @@ def compiled(mesh, *, B, D, F, members=0):
   return step.lower(state, x, hyper, which=None).compile().as_text()
 
 
-def test_features_over_devices_send_two_reconstructions_and_no_weights():
+@pytest.mark.parametrize('way', ['dense', 'sparse'])
+def test_features_over_devices_send_two_reconstructions_and_no_weights(way):
   B, D = 512, 128
-  found = collectives(compiled(mesh_of(model=4), B=B, D=D, F=1024))
+  found = collectives(compiled(mesh_of(model=4), B=B, D=D, F=1024, way=way))
   both = 2 * B * D * 4
   # One all-reduce of both; the rest is b_dec's gradient and scalars.
   assert max(size for _, size in found) == both
