@@ -16,8 +16,9 @@ from gsae_jax import config as config_lib
 from gsae_jax.activations.store import Site, Store
 from gsae_jax.mesh import make_mesh
 from gsae_jax.training import state as state_lib
-from gsae_jax.training.groups import Group, compile_step, make_groups
+from gsae_jax.training.groups import Group, make_groups
 from gsae_jax.training.members import make_recipe
+from gsae_jax.training.programs import compile_step
 
 SITE = 'mlp_out.0'
 _SPARSE = {'dense': 'never', 'sparse': 'always'}

@@ -42,8 +42,8 @@ from experiments import quickstart
 from gsae_jax import config as config_lib
 from gsae_jax.sae import ARCHITECTURES
 from gsae_jax.training import state as state_lib
-from gsae_jax.training.groups import compile_step
 from gsae_jax.training.members import make_recipe
+from gsae_jax.training.programs import compile_step
 from gsae_jax.training.step import Hyperparameters
 
 MB, MS = 1e6, 1e-3

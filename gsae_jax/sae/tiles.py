@@ -31,7 +31,7 @@ def capacities(smallest: int, total: int, *, halves: bool) -> tuple[int, ...]:
     halves: also sizes midway, which take longer to compile.
   """
   sizes = [smallest]
-  while 4 * sizes[-1] <= total:
+  while 2 * sizes[-1] < total:
     sizes += [sizes[-1] * 3 // 2] * halves + [2 * sizes[-1]]
   return (*(size for size in sizes if size < total), total)
 
@@ -48,7 +48,7 @@ def take(a: jax.Array, *ids: jax.Array) -> jax.Array:
 
 def put_rows(a: jax.Array, ids: jax.Array, live: jax.Array, rows) -> jax.Array:
   """`a` with rows replaced, but for those that are not live."""
-  ids = jnp.where(live, ids, len(a))
+  ids = jnp.where(live, ids, len(a) + jnp.arange(len(ids)))
   return a.at[ids].set(rows, mode='drop', unique_indices=True)
 
 
@@ -58,7 +58,7 @@ def compact(mask_N: jax.Array, size: int) -> jax.Array:
   ids_N = jnp.arange(len(mask_N), dtype=jnp.int32)
   return (
     jnp.zeros(size, jnp.int32)
-    .at[jnp.where(mask_N, slots_N, size)]
+    .at[jnp.where(mask_N, slots_N, size + ids_N)]
     .set(ids_N, mode='drop', unique_indices=True)
   )
 
@@ -92,6 +92,7 @@ def decode_tiles(
     def branch(i):
       ids = compact(unions[i], size)
       filled_U = jnp.arange(size) < counts[i]
+      # Slots that are not filled are of feature 0, times 0.
       return of(jnp.where(filled_U, codes(i, ids), 0), take(W_FD, ids))
 
     return branch

@@ -14,19 +14,16 @@ from jax.sharding import PartitionSpec as P
 from gsae_jax.activations.store import Store, check_site
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.errors import UserError
-from gsae_jax.sae.tiles import FEW, ROWS
+from gsae_jax.sae.tiles import FEW
 from gsae_jax.training import state as state_lib
-from gsae_jax.training.dense import Recipe
 from gsae_jax.training.members import Member, make_member, make_recipe
+from gsae_jax.training.programs import (
+  compile_check,
+  compile_step,
+  is_stacked,
+  ways,
+)
 from gsae_jax.training.state import MemberState
-from gsae_jax.training.step import is_sound, train_step
-
-# D * F * B below which several SAEs at once should keep a device busier: an
-# estimate from what launching kernels takes on an H200, not a measurement.
-_WORTH_STACKING = 1e11
-
-# D * F * B from which a sparse step is worth the seconds that it takes to compile.
-_WORTH_SPARSE = 2**28
 
 Baseline = Callable[[MemberConfig], dict[str, np.ndarray]]
 
@@ -60,7 +57,7 @@ class Group:
     )
     which = tuple(self._sites.index(m.config.site) for m in members)
     self._which = which if len(self._sites) > 1 else None
-    self._save, self._restore = _converters(self.module, mesh, stacked)
+    self._turn = functools.partial(_turner, mesh, stacked=stacked)
     if stacked:
       shapes = state_lib.member_shapes(self.module)
       self._stack = jax.jit(
@@ -113,14 +110,15 @@ class Group:
 
   def to_checkpoint(self) -> dict[str, dict[str, Any]]:
     """What is saved of each member."""
+    turn = self._turn(saved=True)
     return {
-      m.name: self._save(self._state(i), m.hyper.scale)
+      m.name: state_lib.to_checkpoint(self._state(i), m.hyper.scale, turn)
       for i, m in enumerate(self.members)
     }
 
   def from_checkpoint(self, saved: dict[str, Any]) -> MemberState:
     """A member's state, of what was saved of it."""
-    return self._restore(saved)
+    return state_lib.from_checkpoint(saved, self._turn(saved=False))
 
   def saved_shapes(self) -> dict[str, Any]:
     """Shapes of what is saved of a member, and where `put` takes it from."""
@@ -166,68 +164,33 @@ def _initializer(module: nn.Module, mesh: Mesh, stacked: bool):
 
 
 @functools.lru_cache(None)
-def _converters(module: nn.Module, mesh: Mesh, stacked: bool):
-  """Compiled: what is saved of a state, and the state of that."""
-  layout = 'gathered' if stacked else 'alone'
-  place = functools.partial(state_lib.shardings, mesh, layout=layout)
-  saved = place(state_lib.checkpoint_shapes(module), saved=True)
-  return (
-    jax.jit(state_lib.to_checkpoint, out_shardings=saved),
-    jax.jit(
-      state_lib.from_checkpoint,
-      out_shardings=place(state_lib.member_shapes(module)),
-    ),
-  )
+def _turner(mesh: Mesh, saved: bool, stacked: bool):
+  """Compiled `turn`, of arrays that are placed as those that are saved, or not."""
+
+  @functools.lru_cache(None)
+  def compiled(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]):
+    tree = {
+      k: jax.ShapeDtypeStruct(v, np.float32)
+      for k, v in zip(names, shapes, strict=True)
+    }
+    layout = 'gathered' if stacked else 'alone'
+    turned = jax.eval_shape(state_lib.turn, tree)
+    placed = state_lib.shardings(mesh, turned, layout=layout, saved=saved)
+    return jax.jit(state_lib.turn, out_shardings=placed)
+
+  def turn(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The others pass as they are, so that they take no memory."""
+    lying = {k: v for k, v in tree.items() if k in state_lib.TURNED}
+    run = compiled(tuple(lying), tuple(v.shape for v in lying.values()))
+    return tree | run(lying)
+
+  return turn
 
 
 @functools.lru_cache(None)
 def copier(mesh: Mesh) -> Callable[[Any], Any]:
   """Gives every process the whole of each array."""
   return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, P()))
-
-
-def is_stacked(settings: TrainConfig, module: nn.Module, mesh: Mesh) -> bool:
-  """Whether members of this shape are trained as a stack.
-
-  On CPU that loses, to its caches; on an accelerator it gains as long as one
-  member does not keep it busy.
-  """
-  if settings.members != 'auto':
-    return settings.members == 'stacked'
-  if mesh.shape['sae'] > 1:
-    return True
-  work = module.width * module.features * settings.batch_size
-  on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  return not on_cpu and work < _WORTH_STACKING
-
-
-def ways(
-  settings: TrainConfig, module: nn.Module, mesh: Mesh, *, stacked: bool
-) -> tuple[str, ...]:
-  """Those of `train_step` that members of this shape may take.
-
-  'auto' has two on CPUs, where that was measured, and for SAEs of some size.
-
-  Raises:
-    UserError: train.sparse is 'always', and it cannot be.
-  """
-  rows = settings.batch_size // settings.microbatches
-  fits = rows % (ROWS * mesh.shape['data']) == 0
-  can = module.is_exact_on_open_gates and not stacked and fits
-  if settings.sparse == 'always':
-    if not can:
-      raise UserError(
-        "train.sparse: 'always' is for members of architecture 'gated' or 'relu', "
-        'not stacked, without an untied encoder and variants of the loss, and for '
-        f'batches of a multiple of {ROWS} rows for every device along mesh.data '
-        "and microbatch; set it to 'auto'"
-      )
-    return ('sparse',)
-  work = module.width * module.features * rows
-  on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  if settings.sparse == 'auto' and can and on_cpu and work >= _WORTH_SPARSE:
-    return ('watched', 'sparse')
-  return ('dense',)
 
 
 def make_groups(
@@ -266,10 +229,10 @@ def make_groups(
 
 def _check_sizes(by_module, settings, mesh) -> None:
   sae, data, model = (mesh.shape[k] for k in ('sae', 'data', 'model'))
-  if settings.batch_size % data:
+  if settings.batch_size % (data * settings.microbatches):
     raise UserError(
       f'train.batch_size: {settings.batch_size} is not divisible by mesh.data, '
-      f'{data}'
+      f'{data}, times train.microbatches, {settings.microbatches}'
     )
   for module, members in by_module.items():
     first = members[0]
@@ -283,59 +246,3 @@ def _check_sizes(by_module, settings, mesh) -> None:
         f'saes: there are {len(members)} members of the shape of '
         f'{first.name!r}, not divisible by mesh.sae, {sae}'
       )
-
-
-def _of_members(fn: Callable[..., Any], mesh: Mesh, stacked: bool):
-  """`fn(state, x_BD, hyper)` of a member alone, or of each of a stack.
-
-  Returns:
-    a function of state, a tuple of batches `[B, D]` and hyperparameters. Of a
-    stack, each has the members in front, and `which` says whose batch is which;
-    None is that all have the first.
-  """
-
-  def program(state, x, hyper, *, which):
-    if not stacked:
-      return fn(state, x[0], hyper)
-    if which is None:
-      return jax.vmap(fn, in_axes=(0, None, 0))(state, x[0], hyper)
-    spread = NamedSharding(mesh, P('sae', 'data', None))
-    x_SBD = jnp.stack([x[i] for i in which])
-    x_SBD = jax.lax.with_sharding_constraint(x_SBD, spread)
-    return jax.vmap(fn)(state, x_SBD, hyper)
-
-  return program
-
-
-def compile_step(
-  module: nn.Module,
-  recipe: Recipe,
-  mesh: Mesh,
-  *,
-  stacked: bool,
-  way: str = 'dense',
-) -> Callable[..., Any]:
-  """`train_step` under jit: donated, its outputs where its inputs were."""
-  step = functools.partial(
-    train_step, module=module, recipe=recipe, way=way, mesh=mesh
-  )
-  placed = state_lib.shardings(
-    mesh,
-    state_lib.member_shapes(module),
-    layout='stacked' if stacked else 'alone',
-  )
-  return jax.jit(
-    _of_members(step, mesh, stacked),
-    donate_argnums=0,
-    static_argnames='which',
-    # Metrics stay where they were made: few are ever looked at.
-    out_shardings=(placed, NamedSharding(mesh, P('sae') if stacked else P())),
-  )
-
-
-def compile_check(
-  module: nn.Module, recipe: Recipe, mesh: Mesh, *, stacked: bool
-) -> Callable[..., Any]:
-  """`is_sound` under jit."""
-  check = functools.partial(is_sound, module=module, recipe=recipe)
-  return jax.jit(_of_members(check, mesh, stacked), static_argnames='which')

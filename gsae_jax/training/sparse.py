@@ -39,6 +39,7 @@ from gsae_jax.sae.tiles import (
 )
 
 FEATURES = 16  # Of a tile, as `tiles.ROWS`.
+_ENCODED = 512  # At a time.
 
 
 class Sums(NamedTuple):
@@ -88,7 +89,7 @@ def open_share(open_BF: jax.Array) -> jax.Array:
 
 
 def _unions(open_FB: jax.Array) -> jax.Array:
-  """Whether a feature is open in a tile of rows, `[tiles, F]`."""
+  """Whether a feature is open in a tile of rows, `[F, tiles]`."""
   F, B = open_FB.shape
   # Four at a time: reductions over a short last axis are slow.
   bytes_ = open_FB.astype(jnp.uint8).reshape(F, B // ROWS, ROWS // 4, 4)
@@ -96,8 +97,36 @@ def _unions(open_FB: jax.Array) -> jax.Array:
   union = functools.reduce(
     jnp.bitwise_or, [words[..., i] for i in range(ROWS // 4)]
   )
-  # A barrier, or every use of it would make it again.
-  return jax.lax.optimization_barrier((union != 0).T)
+  return union != 0
+
+
+def _encode(
+  module: nn.Module, params: dict[str, jax.Array], centred_BD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What lies in front of the biases, `[F, B]`, and unions, `[tiles, F]`.
+
+  Some features at a time: a CPU's product is then 1.2 times as fast, and their
+  unions are found in its cache.
+  """
+  (encoder,) = module.encoders
+  x_DB = centred_BD.T
+
+  def some(rows):
+    z_FB = product(rows[encoder], x_DB, module.precision)
+    vectors = {k: rows[k][:, None] for k in module.vectors}
+    # What is not a number counts as open, and is seen in the loss.
+    return z_FB, _unions(~(module.codes(z_FB, vectors)[-1] <= 0))
+
+  F = len(params[encoder])
+  size = _ENCODED if F % _ENCODED == 0 else F
+  rows = {
+    k: params[k].reshape(-1, size, *params[k].shape[1:])
+    for k in (encoder, *module.vectors)
+  }
+  z, unions = jax.lax.map(some, rows)
+  # A barrier, or every use of it would turn it again.
+  unions = jax.lax.optimization_barrier(unions.reshape(F, -1).T)
+  return z.reshape(F, -1), unions
 
 
 def _decode(
@@ -158,11 +187,8 @@ def sparse_pass(
   precision = module.precision
   b_dec_D, (B, D) = params['b_dec'], x_BD.shape
   centred_BD = x_BD - b_dec_D
-  z_FB = product(params[encoder], centred_BD.T, precision)
+  z_FB, unions = _encode(module, params, centred_BD)
   vectors_F1 = {k: params[k][:, None] for k in module.vectors}
-  # What is not a number counts as open, and is seen in the loss.
-  open_FB = ~(module.codes(z_FB, vectors_F1)[-1] <= 0)
-  unions = _unions(open_FB)
   decoded, penalised = _decode(
     module, params['W_dec'], vectors_F1, z_FB, unions
   )
@@ -238,7 +264,8 @@ def sparse_pass(
     open_B = jnp.any(~(module.codes(z_TB, vectors_T1)[-1] <= 0), 0)
     size = which(sizes, jnp.sum(open_B))
     grads, d_z_T, fired_T = jax.lax.switch(size, branches, z_TB, open_B, read)
-    pulled_D += product(jnp.where(live, d_z_T, 0), read[encoder], 'float32')
+    W_TD = jnp.where(live[:, None], read[encoder], 0)
+    pulled_D += product(jnp.where(live, d_z_T, 0), W_TD, 'float32')
     norm_T = jnp.linalg.norm(read['W_dec'], axis=-1)
     worst = jnp.max(jnp.where(live, jnp.abs(norm_T - 1), 0))
     return (

@@ -1,8 +1,9 @@
 """A step by the gradient of what is open, on a mesh.
 
-On a mesh without 'data', each row of a parameter is read, moved by Adam and written
-back as soon as its gradient is there, and the gradient itself is never kept. Rows
-of features that are shut in the whole batch are neither read nor written.
+Where a batch is on one device, in one part and not clipped, each row of a parameter
+is read, moved by Adam and written back as soon as its gradient is there, and the
+gradient itself is never kept. Rows of features that are shut in the whole batch are
+neither read nor written.
 """
 
 import functools
@@ -48,7 +49,8 @@ def sparse_step(
 
   Args:
     state: the member's, alone.
-    inputs: of the step; B is a multiple of `sparse.ROWS` times mesh.data.
+    inputs: of the step; of each microbatch, every device along 'data' has a
+      multiple of `tiles.ROWS` rows.
     module: its `is_exact_on_open_gates`.
     recipe: the run's.
     mesh: 'sae' is 1.

@@ -1,6 +1,7 @@
 """A member's state, how it is born sharded, and how it is written down."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from gsae_jax import sae
 from gsae_jax.training.optimizer import Moments, adam
 
 # In training, encoders lie transposed, [F, D]: all of a feature is a row.
-_TURNED = tuple(k for k, v in sae.SPECS.items() if v == P(None, 'model'))
+TURNED = tuple(k for k, v in sae.SPECS.items() if v == P(None, 'model'))
 
 # Everything that mirrors a parameter is spread as it is. A leaf takes the spec of
 # its own name: of what is saved, and of what is trained.
@@ -22,7 +23,7 @@ _SAVED_SPECS = sae.SPECS | {
   'steps_since_fired': P('model'),
   'fired_counts': P('model'),
 }
-SPECS = _SAVED_SPECS | {name: P('model', None) for name in _TURNED}
+SPECS = _SAVED_SPECS | {name: P('model', None) for name in TURNED}
 
 # Parameters in the units of the activations; the others have no unit.
 _BIASES = ('b_gate', 'b_mag', 'b_enc', 'b_dec')
@@ -53,10 +54,13 @@ class MemberState(NamedTuple):
   rng: jax.Array
 
 
+Turn = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+
+
 def turn(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Parameters as they lie in training from what they are elsewhere, and back."""
   return {
-    k: v.swapaxes(-1, -2) if k in _TURNED else v for k, v in params.items()
+    k: v.swapaxes(-1, -2) if k in TURNED else v for k, v in params.items()
   }
 
 
@@ -133,7 +137,9 @@ def fold_scale(
   return {k: v / scale if k in _BIASES else v for k, v in params.items()}
 
 
-def to_checkpoint(state: MemberState, scale: jax.Array) -> dict[str, Any]:
+def to_checkpoint(
+  state: MemberState, scale: jax.Array, turn: Turn = turn
+) -> dict[str, Any]:
   """The state as plain dictionaries, `params` for raw activations.
 
   The biases are kept in both units, because dividing and multiplying again
@@ -154,7 +160,7 @@ def to_checkpoint(state: MemberState, scale: jax.Array) -> dict[str, Any]:
   }
 
 
-def from_checkpoint(saved: dict[str, Any]) -> MemberState:
+def from_checkpoint(saved: dict[str, Any], turn: Turn = turn) -> MemberState:
   """The inverse of `to_checkpoint`, to the bit."""
   opt_state = saved['opt_state']
   return MemberState(

@@ -20,6 +20,7 @@ def codes(rng, rows, open_):
 def test_capacities_reach_from_the_smallest_to_all():
   assert tiles.capacities(64, 512, halves=False) == (64, 128, 256, 512)
   assert tiles.capacities(16, 64, halves=True) == (16, 24, 32, 64)
+  assert tiles.capacities(64, 255, halves=False) == (64, 128, 255)
   assert tiles.capacities(16, 16, halves=True) == (16,)
   assert tiles.capacities(64, 48, halves=False) == (48,)
 

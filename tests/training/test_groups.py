@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from gsae_jax.errors import UserError
 from gsae_jax.sae.gated import GatedSAE
 from gsae_jax.training import state as state_lib
-from gsae_jax.training.groups import compile_step, make_groups
+from gsae_jax.training.groups import make_groups
 from gsae_jax.training.members import make_recipe
+from gsae_jax.training.programs import compile_step
 from gsae_jax.training.step import Hyperparameters
 from tests.training import test_checkpoints as checkpoints
 from tests.training.conftest import (

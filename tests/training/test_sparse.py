@@ -11,9 +11,9 @@ import pytest
 from gsae_jax import sae
 from gsae_jax.errors import UserError
 from gsae_jax.sae import make_module, tiles
-from gsae_jax.training import groups, optimizer
+from gsae_jax.training import groups, optimizer, programs
 from gsae_jax.training.dense import Inputs, Recipe
-from gsae_jax.training.groups import compile_step, ways
+from gsae_jax.training.programs import compile_step, ways
 from gsae_jax.training.schedule import Schedule
 from gsae_jax.training.sparse_step import sparse_gradients
 from gsae_jax.training.state import init_member, key_data, shardings, turn
@@ -26,6 +26,7 @@ from tests.training.conftest import (
   mesh_of,
   run_steps,
   settings,
+  start,
 )
 
 MESHES = {'1': {}, '1x4': {'model': 4}, '2x2': {'data': 2, 'model': 2}}
@@ -127,33 +128,39 @@ def test_microbatches_add_up_to_the_batch(rng):
   assert abs(whole.open_share - parts.open_share) < 0.02
 
 
-@pytest.mark.parametrize('by', [-1, 0, 1])
-def test_unions_at_every_capacity(by, rng):
-  # So many features are open on so many rows, exactly, in every tile.
+@pytest.mark.parametrize('mesh', MESHES)
+def test_unions_around_every_capacity(mesh, rng):
+  # So many features of each device are open on so many of its rows, exactly, in
+  # every tile: one less than there is room for, all, and one more.
   features, rows = 512, 128
+  mesh = mesh_of(**MESHES[mesh])
+  data, model = mesh.shape['data'], mesh.shape['model']
+  own_features, own_rows = features // model, rows // data
   module = module_of('gated', features=features)
   p = turn(module.init(jax.random.key(3), jnp.zeros((1, D)))['params'])
   p = {k: np.asarray(v, np.float64) for k, v in p.items()}
-  mesh = mesh_of()
   x = activations(rng, rows=rows)
-  of_features = tiles.capacities(64, features, halves=False)
-  of_rows = tiles.capacities(16, rows, halves=True)
-  for size in of_features:
-    count = min(size + by, features)
-    chosen = rng.permutation(features)[:count]
-    b_gate = np.full(features, -50.0)
-    b_gate[chosen] = 50
+  around = lambda sizes, total: {
+    min(size + by, total) for size in sizes for by in (-1, 0, 1)
+  }
+  sizes = tiles.capacities(64, own_features, halves=False)
+  for count in around(sizes, own_features):
+    b_gate = np.full((model, own_features), -50.0)
+    for own in b_gate:
+      own[rng.permutation(own_features)[:count]] = 50
+    b_gate = b_gate.reshape(-1)
     q = p | {'b_gate': b_gate, 'b_mag': b_gate / 2}
     sums, fired, _ = compare(module, q, x, mesh)
-    np.testing.assert_allclose(sums.open_share, count / features, rtol=1e-6)
-    assert (fired > 0).sum() == count
-  for size in of_rows:
-    count = min(size + by, rows)
-    x[:, 0] = np.where(rng.permutation(rows) < count, 40, -40)
-    W_gate = np.array(p['W_gate'])
-    W_gate[0] = 1
+    np.testing.assert_allclose(sums.open_share, count / own_features, rtol=1e-6)
+    assert (fired > 0).sum() == count * model
+  sizes = tiles.capacities(16, own_rows, halves=True)
+  W_gate = np.array(p['W_gate'])
+  W_gate[0] = 1
+  for count in around(sizes, own_rows):
+    open_ = [rng.permutation(own_rows) < count for _ in range(data)]
+    x[:, 0] = np.where(np.concatenate(open_), 40, -40)
     _, fired, _ = compare(module, p | {'W_gate': W_gate}, x, mesh)
-    assert (fired == count).all()
+    assert (fired == count * data).all()
 
 
 def compare(module, p, x, mesh):
@@ -251,6 +258,33 @@ def test_clipped_in_parts_and_rounded(changes, rng):
   assert abs(want[-1]['loss'] / plain[-1]['loss'] - 1) > 1e-5
 
 
+@pytest.mark.parametrize('members', ['looped', 'stacked'])
+def test_parts_of_a_batch_train_as_the_whole(members, store):
+  both = tuple(member(name, seed=i) for i, name in enumerate('ab'))
+  train = settings(steps=8, members=members)
+  want, whole, _ = run_steps(store, both, train)
+  parts = dataclasses.replace(train, microbatches=4)
+  got, found, _ = run_steps(store, both, parts, mesh=mesh_of(data=2, model=2))
+  for name in 'ab':
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
+    for k, value in whole[name].params.items():
+      np.testing.assert_allclose(found[name].params[k], value, atol=2e-5)
+  with pytest.raises(UserError, match='train.microbatches, 64'):
+    start(
+      store, both, dataclasses.replace(train, microbatches=64),
+      mesh=mesh_of(data=4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('way', ['dense', 'sparse'])
+def test_a_row_that_is_not_unit_is_told_of(way, rng):
+  _, start = trained('gated', rng)
+  start['b_gate'][4] = 50
+  start['W_dec'][4] *= 1.01
+  (told,), _ = stepped(way, mesh_of(), 'gated', [activations(rng)], start)
+  np.testing.assert_allclose(told['decoder_norm_error'], 0.01, rtol=1e-3)
+
+
 def test_a_weight_that_is_no_number_is_seen_in_the_loss(rng):
   _, start = trained('gated', rng)
   start['W_gate'][3, 5] = np.nan
@@ -278,7 +312,7 @@ def test_adam_is_optax_s_through_changes_of_the_divisor(rng, monkeypatch):
 @pytest.fixture
 def eager(monkeypatch):
   """Small SAEs may take sparse steps, as soon as less than all is open."""
-  monkeypatch.setattr(groups, '_WORTH_SPARSE', 0)
+  monkeypatch.setattr(programs, '_WORTH_SPARSE', 0)
   monkeypatch.setattr(groups, 'FEW', 0.9)
 
 
@@ -307,7 +341,7 @@ def test_a_run_that_was_stopped_takes_the_same_steps(store, tmp_path, eager):
   ways_taken = [e['sparse_step'] for e in whole if 'sparse_step' in e]
   first = ways_taken.index(1)
   assert 0 < first < 30 and len(ways_taken) == 36
-  for stop in (first - 1, first + 1):
+  for stop in (first + 1,):
     path = tmp_path / f'cut{stop}'
     checkpoints.train(store, path, (one,), s, stop_at=stop)
     lines = checkpoints.train(store, path, (one,), s)
@@ -329,7 +363,16 @@ def test_which_ways_there_are():
   assert way(big, dataclasses.replace(few, sparse='never')) == ('dense',)
   assert way(s=always) == ('sparse',)
   assert way(big, stacked=True) == ('dense',)
-  assert way(big, dataclasses.replace(few, batch_size=100)) == ('dense',)
+  for change in (
+    {'batch_size': 100}, {'microbatches': 2}, {'clip_norm': 1.0}
+  ):  # fmt: skip
+    assert way(big, dataclasses.replace(few, **change)) == ('dense',)
+  assert way(big, mesh=mesh_of(data=2)) == ('dense',)
+  assert way(big, mesh=mesh_of(model=4)) == (
+    'dense',
+  )  # Each part is too small.
+  larger = module_of('gated', width=512, features=16384)
+  assert way(larger, mesh=mesh_of(model=4)) == ('watched', 'sparse')
   for kwargs in (
     {'s': dataclasses.replace(always, batch_size=100)},
     {'module': module_of('untied'), 's': always},
