@@ -111,7 +111,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Whether the gradient is taken over open gates alone, which is exact: 'auto'
   # does so on CPUs once few are open (docs/performance.md).
   c.train.sparse = 'auto'  # Or 'always', 'never'.
-  c.train.microbatches = 1  # Parts of a batch, one after the other: less memory.
+  c.train.microbatches = (
+    1  # Parts of a batch, one after the other: less memory.
+  )
   c.train.checkpoint_every = c.train.get_ref('steps') // 10
   c.train.checkpoints_kept = config_dict.placeholder(int)  # None: all of them.
   # Beside the latest `checkpoints_kept`, those of multiples of so many steps.
