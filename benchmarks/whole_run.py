@@ -142,9 +142,8 @@ def main():
     }
   heads = list(rows[0])
   print(record.table(heads, [[str(row[h]) for h in heads] for row in rows]))
-  record.append(
-    args.results, 'whole_run', settings=vars(args) | FIELDS, rows=rows
-  )
+  chosen = {k: getattr(args, k) for k in ('features', 'l1', 'core')}
+  record.append(args.results, 'whole_run', settings=chosen | FIELDS, rows=rows)
 
 
 if __name__ == '__main__':
