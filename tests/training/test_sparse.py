@@ -333,6 +333,7 @@ def test_a_run_goes_over_to_it_and_trains_the_same(store, eager):
     np.testing.assert_allclose(found['a'].params[name], value, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_takes_the_same_steps(store, tmp_path, eager):
   # Around the change, too: what decides is in the checkpoint.
   one = member(l1=3.0, learning_rate=3e-3)
