@@ -26,7 +26,6 @@ FIELDS = {
   'store.tokens': 262_144,
   'train.steps': 1000,
   'train.batch_size': 512,
-  'train.learning_rate': 1e-3,
   'train.warmup_steps': 50,
   'train.l1_warmup_steps': 50,
   'train.decay_steps': 0,
@@ -44,12 +43,13 @@ WAYS = {
 }
 
 
-def get_config(features: int, l1: float):
+def get_config(features: int, l1: float, rate: float):
   """The quickstart's, with one SAE."""
   from experiments import quickstart
 
   c = quickstart.get_config()
   c.update_from_flattened_dict(FIELDS)
+  c.train.learning_rate = rate
   c.train.writers = ()
   c.saes = (
     {
@@ -98,6 +98,7 @@ def main():
   parser.add_argument('--folder', required=True, help='For store and workdirs.')
   parser.add_argument('--features', type=int, default=8192)
   parser.add_argument('--l1', type=float, default=0.5)
+  parser.add_argument('--rate', type=float, default=3e-4)
   parser.add_argument('--core', type=int, default=0)
   args = parser.parse_args()
   folder = pathlib.Path(args.folder)
@@ -105,7 +106,7 @@ def main():
   config = folder / 'config.py'
   config.write_text(
     'from benchmarks import whole_run\n'
-    f'get_config = lambda: whole_run.get_config({args.features}, {args.l1})\n'
+    f'get_config = lambda: whole_run.get_config({args.features}, {args.l1}, {args.rate})\n'
   )
   common = f'--config={config}', f'--store={folder}/store'
   run('harvest', *common, core=args.core)
@@ -142,7 +143,7 @@ def main():
     }
   heads = list(rows[0])
   print(record.table(heads, [[str(row[h]) for h in heads] for row in rows]))
-  chosen = {k: getattr(args, k) for k in ('features', 'l1', 'core')}
+  chosen = {k: getattr(args, k) for k in ('features', 'l1', 'rate', 'core')}
   record.append(args.results, 'whole_run', settings=chosen | FIELDS, rows=rows)
 
 
