@@ -1,12 +1,23 @@
 """Four fake devices, set before the backend starts; no test touches a real one."""
 
 import os
+import tempfile
 
 # XLA's CPU pool: collectives of fake devices deadlock when it is smaller than
 # their number, which on few cores it is by default.
 os.environ.setdefault('NPROC', '16')
 
 import jax  # noqa: E402
+
+# Programs are compiled once: tests share most of them. This process and those that
+# it starts have a folder each, since one that is killed may leave half an entry.
+_COMPILED = tempfile.TemporaryDirectory(prefix='gsae-compiled-')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{_COMPILED.name}/commands'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+jax.config.update('jax_compilation_cache_dir', f'{_COMPILED.name}/here')
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
