@@ -16,9 +16,10 @@ from gsae_jax import config as config_lib
 from gsae_jax.activations.store import Site, Store
 from gsae_jax.mesh import make_mesh
 from gsae_jax.training import state as state_lib
+from gsae_jax.training.features import block_size
 from gsae_jax.training.groups import Group, make_groups
 from gsae_jax.training.members import make_recipe
-from gsae_jax.training.programs import compile_step
+from gsae_jax.training.programs import compile_step, ways
 
 SITE = 'mlp_out.0'
 _SPARSE = {'dense': 'never', 'sparse': 'always'}
@@ -119,10 +120,7 @@ def make_step(name: str, s: Settings, folder: str) -> Side:
       'metrics': {k: float(v) for k, v in metrics[0].items()},
     }
     if name == 'dense':
-      # A switch between several programs has no count of its own.
-      recipe = make_recipe(settings.train)
-      program = compile_step(group.module, recipe, mesh, stacked=False)
-      told['flops'] = count(program, group, batches[0])
+      told['flops'] = count(settings, group, batches[0], mesh)
     return told
 
   run()
@@ -130,11 +128,22 @@ def make_step(name: str, s: Settings, folder: str) -> Side:
   return Side(run, {'first_loss': float(first['loss']), 'device': device}, end)
 
 
-def count(program, group: Group, batch: dict[str, jax.Array]) -> float:
-  """Operations of a step, by the compiler's analysis."""
+def count(settings, group: Group, batch, mesh) -> float:
+  """Operations of a step that takes all features, by the compiler's analysis.
+
+  It counts a loop once, so what takes some features at a time is asked for them.
+  """
+  (way,) = ways(settings.train, group.module, mesh, stacked=False)
+  F = group.module.features
+  size = block_size(F) if way == 'blocked' else F
+  module = group.module.clone(features=size)
+  step = compile_step(
+    module, make_recipe(settings.train), mesh, stacked=False, way=way
+  )
+  shapes = state_lib.member_shapes(module)
   hyper = group.members[0].hyper
-  lowered = program.lower(group.state, tuple(batch.values()), hyper, which=None)
-  return lowered.compile().cost_analysis()['flops']
+  lowered = step.lower(shapes, tuple(batch.values()), hyper, which=None)
+  return lowered.compile().cost_analysis()['flops'] * (F / size)
 
 
 def _device_peak(mesh) -> int | None:

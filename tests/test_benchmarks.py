@@ -72,7 +72,7 @@ def test_sides_take_turns_and_one_that_dies_is_left_out():
   for side in found.values():
     assert side['done'] == len(side['turns']) == 3
     assert side['turns'] == side['wall'] and side['peak_bytes'] > 2**20
-  assert all(0.05 <= t < 0.2 for t in found['slow']['turns'])
+  assert all(t >= 0.05 for t in found['slow']['turns'])
   rows = comparison.make_rows(found, tokens=10)
   ratio = rows[1]['times_as_fast_as']['slow']
   rounds = zip(found['slow']['turns'], found['quick']['turns'], strict=True)

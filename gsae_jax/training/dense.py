@@ -8,12 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from gsae_jax.training.features import Sums
 from gsae_jax.training.loss import losses
-from gsae_jax.training.optimizer import Moments
+from gsae_jax.training.optimizer import Moments, row_adam, squares
 from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.sparse import Sums, open_share
-from gsae_jax.training.state import OPTIMIZER, MemberState
+from gsae_jax.training.state import MemberState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +65,7 @@ class Found(NamedTuple):
   opt_state: Moments
 
 
-def project_rows(g_FD: jax.Array, W_FD: jax.Array) -> jax.Array:
-  """The gradient without its component along each unit row."""
-  return g_FD - jnp.sum(g_FD * W_FD, -1, keepdims=True) * W_FD
-
-
-def unit_rows(W_FD: jax.Array) -> jax.Array:
-  """Rows of norm 1: Adam's scaling turns updates out of the tangent plane."""
-  return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
-
-
-def _dense_gradients(module, share, frozen, params, x_BD, inputs: Inputs):
+def _dense_gradients(module, frozen, params, x_BD, inputs: Inputs):
   """Sums, firings and gradients of some rows of a batch."""
 
   def loss(params):
@@ -85,7 +76,6 @@ def _dense_gradients(module, share, frozen, params, x_BD, inputs: Inputs):
 
   grads, terms = jax.grad(loss, has_aux=True)(params)
   f_BF, x_hat_BD = terms['f'], terms['x_hat']
-  shares = open_share(terms.get('pi_gate', f_BF) > 0) if share else jnp.ones(())
   sums = Sums(
     *(
       jnp.sum(terms[name])
@@ -93,7 +83,7 @@ def _dense_gradients(module, share, frozen, params, x_BD, inputs: Inputs):
     ),
     x_hat_squared=jnp.sum(x_hat_BD**2),
     dot=jnp.sum(x_hat_BD * x_BD),
-    open_share=shares * (len(x_BD) / len(inputs.x_BD)),
+    open_share=jnp.float32(len(x_BD) / len(inputs.x_BD)),
   )
   return sums, jnp.sum(f_BF > 0, 0, dtype=jnp.int32), grads
 
@@ -112,26 +102,34 @@ def accumulated(fn, x_BD: jax.Array, parts: int):
   return jax.lax.scan(add, zeros, x_nBD)[0]
 
 
+def as_they_lie(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Gradients in the order of their parameters in memory, on TPUs.
+
+  The compiler likes matrices transposed that are products over rows, and would turn
+  parameters and moments to that and back, two fifths of all that it moves. On other
+  devices such a constraint may gather what is divided.
+  """
+  matrix = Layout((0, 1))
+
+  def constrained(grads):
+    return {
+      k: with_layout_constraint(g, matrix) if g.ndim == 2 else g
+      for k, g in grads.items()
+    }
+
+  return jax.lax.platform_dependent(
+    grads, tpu=constrained, default=lambda grads: grads
+  )
+
+
 def moved(state: MemberState, grads, inputs: Inputs, *, module, recipe):
   """Parameters and moments behind a step of Adam on whole gradients."""
-  if recipe.clip_norm is not None:
-    norm = jnp.sqrt(sum(squares(grads).values()))
-    factor = jnp.minimum(1.0, recipe.clip_norm / (norm + 1e-12))
-    grads = jax.tree.map(lambda g: g * factor, grads)
-  if module.unit_rows:
-    W_dec = state.params['W_dec']
-    grads = grads | {'W_dec': project_rows(grads['W_dec'], W_dec)}
-  updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
-  updates = jax.tree.map(lambda u: -inputs.learning_rate * u, updates)
+  unit = ('W_dec',) if module.unit_rows else ()
   trained = {k: state.params[k] for k in grads}
-  params = optax.apply_updates(trained, updates)
-  if module.unit_rows:
-    params = params | {'W_dec': unit_rows(params['W_dec'])}
-  return state.params | params, opt_state
-
-
-def squares(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {k: jnp.sum(g * g) for k, g in grads.items()}
+  updates, opt_state = row_adam(unit, recipe.clip_norm).update(
+    grads, state.opt_state, trained, learning_rate=inputs.learning_rate
+  )
+  return state.params | optax.apply_updates(trained, updates), opt_state
 
 
 def dense_step(
@@ -140,17 +138,17 @@ def dense_step(
   *,
   module: nn.Module,
   recipe: Recipe,
-  share: bool,
 ) -> Found:
   """By autodiff, over all features."""
   frozen = {k: v for k, v in state.params.items() if k in module.frozen}
   params = {k: v for k, v in state.params.items() if k not in frozen}
   gradients = functools.partial(
-    _dense_gradients, module, share, frozen, params, inputs=inputs
+    _dense_gradients, module, frozen, params, inputs=inputs
   )
   sums, fired_F, grads = accumulated(
     gradients, inputs.x_BD, recipe.microbatches
   )
+  grads = as_they_lie(grads)
   norm_F = jnp.linalg.norm(state.params['W_dec'], axis=-1)
   behind = moved(state, grads, inputs, module=module, recipe=recipe)
   norm_error = jnp.max(jnp.abs(norm_F - 1))

@@ -92,7 +92,7 @@ class Group:
     if len(self._steps) == 1:
       return next(iter(self._steps))
     few = jax.device_get(self._shares[0]) < FEW
-    return 'sparse' if few else 'watched'
+    return 'sparse' if few else 'blocked'
 
   def put(self, states: dict[str, MemberState]) -> None:
     """Takes over the states of all members."""

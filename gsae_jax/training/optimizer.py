@@ -65,6 +65,20 @@ def direction(
   return g / (jnp.sqrt(at.correct * nu) + EPS), nu
 
 
+def project_rows(g_FD: jax.Array, W_FD: jax.Array) -> jax.Array:
+  """The gradient without its component along each unit row."""
+  return g_FD - jnp.sum(g_FD * W_FD, -1, keepdims=True) * W_FD
+
+
+def unit_rows(W_FD: jax.Array) -> jax.Array:
+  """Rows of norm 1: Adam's scaling turns updates out of the tangent plane."""
+  return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
+
+
+def squares(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {k: jnp.sum(g * g) for k, g in grads.items()}
+
+
 def adam() -> optax.GradientTransformation:
   """The same numbers as `optax.adam(-1, b1=0, b2=0.999, eps=1e-8)`, to rounding."""
 
@@ -81,3 +95,32 @@ def adam() -> optax.GradientTransformation:
     return updates, Moments(count, {k: nu for k, (_, nu) in moved.items()})
 
   return optax.GradientTransformation(init, update)
+
+
+def row_adam(
+  unit: tuple[str, ...], clip_norm: float | None
+) -> optax.GradientTransformationExtraArgs:
+  """All that lies between gradients and parameters (paper D.1.1).
+
+  `update` wants the parameters, and the rate of the step as `learning_rate`.
+
+  Args:
+    unit: parameters whose rows are held at norm 1: the gradient is projected before
+      Adam, and rows are divided by their norm behind it.
+    clip_norm: gradients of a larger norm, all together, are scaled down to it; None
+      is never.
+  """
+  inner = adam()
+
+  def update(grads, state, params, *, learning_rate):
+    if clip_norm is not None:
+      norm = jnp.sqrt(sum(squares(grads).values()))
+      factor = jnp.minimum(1.0, clip_norm / (norm + 1e-12))
+      grads = jax.tree.map(lambda g: g * factor, grads)
+    projected = {k: project_rows(grads[k], params[k]) for k in unit}
+    steps, state = inner.update(grads | projected, state)
+    updates = jax.tree.map(lambda u: -learning_rate * u, steps)
+    back = {k: unit_rows(params[k] + updates[k]) - params[k] for k in unit}
+    return updates | back, state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)

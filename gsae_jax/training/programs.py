@@ -21,9 +21,9 @@ from gsae_jax.training.step import is_sound, train_step
 # estimate from what launching kernels takes on an H200, not a measurement.
 _WORTH_STACKING = 1e11
 
-# D * F * B, of a device, from which a sparse step is worth the seconds that it takes
-# to compile.
-_WORTH_SPARSE = 2**28
+# D * F * B, of a device, from which programs other than autodiff's are worth the
+# seconds that they take to compile.
+_WORTH_BLOCKS = 2**28
 
 
 def is_stacked(settings: TrainConfig, module: nn.Module, mesh: Mesh) -> bool:
@@ -46,8 +46,7 @@ def ways(
 ) -> tuple[str, ...]:
   """Those of `train_step` that members of this shape may take.
 
-  'auto' has two on CPUs, for SAEs of some size and where rows move one by one:
-  that was measured.
+  On CPUs, SAEs of some size have two: that was measured.
 
   Raises:
     UserError: train.sparse is 'always', and it cannot be.
@@ -69,11 +68,12 @@ def ways(
       )
     return ('sparse',)
   work = module.width * module.features * rows / mesh.shape['model']
-  large = work >= _WORTH_SPARSE
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  if settings.sparse == 'auto' and can and moves_rows and large and on_cpu:
-    return ('watched', 'sparse')
-  return ('dense',)
+  if not (can and on_cpu and work >= _WORTH_BLOCKS):
+    return ('dense',)
+  if settings.sparse == 'auto' and moves_rows:
+    return ('blocked', 'sparse')
+  return ('blocked',)
 
 
 def _of_members(fn: Callable[..., Any], mesh: Mesh, stacked: bool):

@@ -40,8 +40,8 @@ class MemberState(NamedTuple):
     opt_state: Adam's second moments and count, of what is trained, turned.
     steps_since_fired: int32 `[F]`, 0 where the feature fired in the last batch.
     fired_counts: int32 `[F]`, rows that it fired on since the last histogram.
-    open_share: float32 `[2]`, of the last two batches: see `sparse.open_share`. 1
-      at first, and where nobody asks.
+    open_share: float32 `[2]`, of the last two batches: see `features.Sums`. 1 at
+      first.
     rng: uint32 `[2]`, the member's key; draws are functions of it and the step.
   """
 

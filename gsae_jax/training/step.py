@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from gsae_jax.training.dense import Found, Inputs, Recipe, dense_step
 from gsae_jax.training.loss import losses
-from gsae_jax.training.sparse_step import sparse_step
+from gsae_jax.training.rows import step_by_rows
 from gsae_jax.training.state import MemberState
 
 
@@ -47,10 +47,10 @@ def train_step(
     hyper: the member's.
     module: the architecture.
     recipe: the run's.
-    way: 'dense' takes the gradient of all features by autodiff; 'sparse' that of
-      what is open (`sparse.py`), which is the same but for rounding; 'watched' is
-      dense, and finds what 'sparse' does of `open_share`.
-    mesh: what a sparse step is divided over.
+    way: 'dense' takes the gradient of all features by autodiff; 'blocked' of
+      some at a time (`blocked.py`), and 'sparse' of those that are open
+      (`sparse.py`): the same but for rounding.
+    mesh: what a step that is not 'dense' is divided over.
 
   Returns:
     the next state, and float32 scalars: `loss`, the three terms as they enter
@@ -67,11 +67,11 @@ def train_step(
     error_scale=hyper.error_scale,
     learning_rate=hyper.learning_rate * schedule.learning_rate(state.step),
   )
-  if way == 'sparse':
-    found = sparse_step(state, inputs, module=module, recipe=recipe, mesh=mesh)
+  if way == 'dense':
+    found = dense_step(state, inputs, module=module, recipe=recipe)
   else:
-    found = dense_step(
-      state, inputs, module=module, recipe=recipe, share=way == 'watched'
+    found = step_by_rows(
+      state, inputs, module=module, recipe=recipe, mesh=mesh, way=way
     )
   after = _next(state, found, recipe)
   metrics = _metrics(after, found, inputs, recipe)

@@ -142,9 +142,9 @@ COLLECTIVE = re.compile(
 BYTES = {'f32': 4, 's32': 4, 'pred': 1, 'bf16': 2}
 
 
-def collectives(text):
+def collectives(program):
   found = []
-  for shapes, kind in COLLECTIVE.findall(text):
+  for shapes, kind in COLLECTIVE.findall(program.as_text()):
     total = 0
     for dtype, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shapes):
       total += BYTES[dtype] * np.prod([int(n) for n in sizes.split(',') if n])
@@ -153,7 +153,7 @@ def collectives(text):
 
 
 def compiled(mesh, *, B, D, F, members=0, way='dense'):
-  """The step's program as text."""
+  """The step's program."""
   module = GatedSAE(width=D, features=F, turned=True)
   step = compile_step(
     module, make_recipe(settings()), mesh, stacked=bool(members), way=way
@@ -172,10 +172,10 @@ def compiled(mesh, *, B, D, F, members=0, way='dense'):
   )
   hyper = Hyperparameters(*[at(front, *(('sae',) if members else ()))] * 4)
   x = (at((B, D), 'data'),)
-  return step.lower(state, x, hyper, which=None).compile().as_text()
+  return step.lower(state, x, hyper, which=None).compile()
 
 
-@pytest.mark.parametrize('way', ['dense', 'sparse'])
+@pytest.mark.parametrize('way', ['dense', 'blocked', 'sparse'])
 def test_features_over_devices_send_two_reconstructions_and_no_weights(way):
   B, D = 512, 128
   found = collectives(compiled(mesh_of(model=4), B=B, D=D, F=1024, way=way))
@@ -211,3 +211,10 @@ def test_taking_a_member_out_of_its_stack_spreads_it(store):
   for saved in run.checkpoint()['members'].values():
     W_dec = saved['params']['W_dec']
     assert W_dec.sharding.shard_shape(W_dec.shape) == (16, 16)
+
+
+@pytest.mark.parametrize('way', ['dense', 'blocked'])
+def test_a_step_costs_seven_matrix_products_and_a_pass_over_parameters(way):
+  B, D, F = 1024, 128, 512  # One block, since the analysis counts a loop once.
+  flops = compiled(mesh_of(), B=B, D=D, F=F, way=way).cost_analysis()['flops']
+  assert 7 <= flops / (2 * B * D * F) <= 7.2

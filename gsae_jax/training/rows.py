@@ -1,9 +1,9 @@
-"""A step by the gradient of what is open, on a mesh.
+"""A step by the gradients of some features at a time, on a mesh.
 
 Where a batch is on one device, in one part and not clipped, each row of a parameter
 is read, moved by Adam and written back as soon as its gradient is there, and the
-gradient itself is never kept. Rows of features that are shut in the whole batch are
-neither read nor written.
+gradient itself is never kept. In a sparse step, rows of features that are shut in
+the whole batch are neither read nor written.
 """
 
 import functools
@@ -14,36 +14,38 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gsae_jax.sae.tiles import put_rows, take
+from gsae_jax.training.blocked import blocked_pass
 from gsae_jax.training.dense import (
   Found,
   Inputs,
   Recipe,
   accumulated,
   moved,
-  project_rows,
-  squares,
-  unit_rows,
 )
+from gsae_jax.training.features import Carry, Sums
 from gsae_jax.training.optimizer import (
   Moments,
   direction,
+  project_rows,
   scales,
+  squares,
   touches_every_row,
+  unit_rows,
 )
-from gsae_jax.training.sparse import Rows, Sums, sparse_pass
+from gsae_jax.training.sparse import sparse_pass
 from gsae_jax.training.state import SPECS, MemberState
 
 _INPUTS = Inputs(P('data'), P(), P(), P())
 
 
-def sparse_step(
+def step_by_rows(
   state: MemberState,
   inputs: Inputs,
   *,
   module: nn.Module,
   recipe: Recipe,
   mesh: Mesh,
+  way: str,
 ) -> Found:
   """`dense_step`, but for rounding.
 
@@ -54,17 +56,18 @@ def sparse_step(
     module: its `is_exact_on_open_gates`.
     recipe: the run's.
     mesh: 'sae' is 1.
+    way: 'blocked', all features; or 'sparse', those that are open.
   """
   parts = recipe.microbatches
   if mesh.shape['data'] > 1 or parts > 1 or recipe.clip_norm is not None:
-    sums, fired_F, norm_error, grads = sparse_gradients(
-      state.params, inputs, module=module, mesh=mesh, parts=parts
+    sums, fired_F, norm_error, grads = whole_gradients(
+      state.params, inputs, module=module, mesh=mesh, way=way, parts=parts
     )
     behind = moved(state, grads, inputs, module=module, recipe=recipe)
     return Found(sums, fired_F, norm_error, squares(grads), *behind)
   specs = {k: SPECS.get(k, P()) for k in state.params}
   run = jax.shard_map(
-    functools.partial(_moving_rows, module=module),
+    functools.partial(_moving_rows, module=module, way=way),
     mesh=mesh,
     in_specs=(specs, Moments(P(), specs), _INPUTS),
     out_specs=(P(), P('model'), P(), specs, Moments(P(), specs)),
@@ -78,21 +81,23 @@ def sparse_step(
   )
 
 
-def sparse_gradients(
+def whole_gradients(
   params: dict[str, jax.Array],
   inputs: Inputs,
   *,
   module: nn.Module,
   mesh: Mesh,
+  way: str,
   parts: int = 1,
 ) -> tuple[Sums, jax.Array, jax.Array, dict[str, jax.Array]]:
-  """Whole gradients, for what looks at all of them before a parameter moves.
+  """For what looks at all gradients before a parameter moves.
 
   Args:
     params: as they lie in training.
     inputs: of the step.
     module: its `is_exact_on_open_gates`.
     mesh: 'sae' is 1.
+    way: as of `step_by_rows`.
     parts: that rows are taken in, one after the other.
 
   Returns:
@@ -100,7 +105,7 @@ def sparse_gradients(
   """
   specs = {k: SPECS.get(k, P()) for k in params}
   run = jax.shard_map(
-    functools.partial(_gradients, module=module, parts=parts),
+    functools.partial(_gradients, module=module, way=way, parts=parts),
     mesh=mesh,
     in_specs=(specs, _INPUTS),
     out_specs=(P(), P('model'), P(), specs),
@@ -109,21 +114,28 @@ def sparse_gradients(
   return run(params, inputs)
 
 
-def _gradients(params, inputs: Inputs, *, module: nn.Module, parts: int):
+def _pass(way: str, every_row: jax.Array):
+  if way == 'blocked':
+    return blocked_pass
+  return functools.partial(sparse_pass, every_row=every_row)
+
+
+def _gradients(
+  params, inputs: Inputs, *, module: nn.Module, way: str, parts: int
+):
   """Those of a device's features."""
   batch_size = len(inputs.x_BD) * jax.lax.psum(1, 'data')
-  rows = Rows(
-    read=lambda _, ids: _read(module, params, ids),
-    write=lambda grads, ids, live, _, found: {
-      k: put_rows(g, ids, live, found[k]) for k, g in grads.items()
-    },
-  )
+  own = {k: v for k, v in params.items() if k != 'b_dec'}
+  carry = Carry(own, jax.tree.map(jnp.zeros_like, own), {})
+
+  def write(carry, at, _, grads):
+    put = {k: at.put(g, grads[k]) for k, g in carry.others.items()}
+    return carry._replace(others=put)
 
   def of(x_BD):
-    zeros = {k: jnp.zeros_like(v) for k, v in params.items() if k != 'b_dec'}
-    sums, about, d_b_dec_D, grads = sparse_pass(
-      module, params, x_BD, inputs.l1, inputs.error_scale, rows, zeros,
-      jnp.bool_(False), batch_size,
+    sums, about, d_b_dec_D, (_, grads, _) = _pass(way, jnp.bool_(False))(
+      module, params, x_BD, inputs.l1, inputs.error_scale, write, carry,
+      batch_size,
     )  # fmt: skip
     shares = sums.open_share / parts
     sums = sums._replace(open_share=shares)
@@ -136,48 +148,36 @@ def _gradients(params, inputs: Inputs, *, module: nn.Module, parts: int):
   return sums, fired_F, norm_error, grads
 
 
-def _read(module, params, ids) -> dict[str, jax.Array]:
-  names = ('W_dec', *module.encoders, *module.vectors)
-  return {name: take(params[name], ids) for name in names}
-
-
-def _moving_rows(params, opt_state: Moments, inputs: Inputs, *, module):
+def _moving_rows(params, opt_state: Moments, inputs: Inputs, *, module, way):
   """Parameters and moments behind the step, of a device's features."""
   count = opt_state.count + 1
-  at = scales(count)
+  now = scales(count)
   rate = inputs.learning_rate
   params, nu = dict(params), dict(opt_state.nu)
   b_dec_D, nu_D = params.pop('b_dec'), nu.pop('b_dec')
 
-  def write(carry, ids, live, read, grads):
+  def write(carry, at, read, grads):
     params, nu, total = carry
     for name, g in grads.items():
-      some = live.reshape(-1, *(1,) * (g.ndim - 1))
-      g = jnp.where(some, g, 0)
+      g = at.keep(g)
       total = total | {name: total[name] + jnp.sum(g * g)}
       if name == 'W_dec':
         g = project_rows(g, read[name])
-      step, nu_rows = direction(g, take(nu[name], ids), at)
+      step, nu_rows = direction(g, at.take(nu[name]), now)
       rows = read[name] - rate * step
       if name == 'W_dec':
         rows = unit_rows(rows)
-      params = params | {name: put_rows(params[name], ids, live, rows)}
-      nu = nu | {name: put_rows(nu[name], ids, live, nu_rows)}
-    return params, nu, total
+      params = params | {name: at.put(params[name], rows)}
+      nu = nu | {name: at.put(nu[name], nu_rows)}
+    return Carry(params, nu, total)
 
-  start = params, nu, dict.fromkeys(params, jnp.zeros(()))
-  sums, about, g_D, (new, new_nu, total) = sparse_pass(
-    module,
-    params | {'b_dec': b_dec_D},
-    inputs.x_BD,
-    inputs.l1,
-    inputs.error_scale,
-    Rows(read=lambda carry, ids: _read(module, carry[0], ids), write=write),
-    start,
-    touches_every_row(opt_state.count),
-    len(inputs.x_BD),
-  )
-  step_D, new_nu['b_dec'] = direction(g_D, nu_D, at)
+  start = Carry(params, nu, dict.fromkeys(params, jnp.zeros(())))
+  run = _pass(way, touches_every_row(opt_state.count))
+  sums, about, g_D, (new, new_nu, total) = run(
+    module, params | {'b_dec': b_dec_D}, inputs.x_BD, inputs.l1,
+    inputs.error_scale, write, start, len(inputs.x_BD),
+  )  # fmt: skip
+  step_D, new_nu['b_dec'] = direction(g_D, nu_D, now)
   new['b_dec'] = b_dec_D - rate * step_D
   total = jax.lax.psum(total, 'model') | {'b_dec': jnp.sum(g_D * g_D)}
   fired_F = about.pop('fired')
