@@ -11,6 +11,9 @@ QUICKSTART ?= quickstart
 # What language models are checked against; `make test TORCH=` leaves that out.
 TORCH ?= torch==2.13.0
 CONFIG = experiments/quickstart.py
+# Processes that share the tests; a file stays in one.
+JOBS ?= 2
+PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # Without these, glibc gives the memory of every large temporary back to the
 # system, and a step on CPU spends a fifth of its time faulting it in again.
@@ -42,10 +45,10 @@ quickstart: .venv/installed
 	@echo; echo "The report:"; .venv/bin/python -m gsae_jax.report --workdir=$(QUICKSTART)/run
 
 test: .venv/tested
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-fast: .venv/tested
-	.venv/bin/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-stacks:
 	bash tests/stacks.sh
