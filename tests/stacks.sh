@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the quick part of the suite on the other two stacks that are supported:
+# Runs what a release may break on the other two stacks that are supported:
 # the newest JAX, and what Colab has preinstalled. A stack whose Python is not
 # on this machine is left out, and that is said.
 set -euo pipefail
@@ -30,10 +30,11 @@ stack() { # name, Python version, constraints...
   "$venv/bin/python" -m pip install -q --upgrade pip
   "$venv/bin/python" -m pip install -q -e '.[test]' "$@"
   echo "stack $name: $("$venv/bin/python" -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)')"
-  "$venv/bin/python" -m pytest -q -m 'not slow' \
-    tests/lm tests/activations tests/sae tests/training tests/evaluation \
-    tests/test_restore.py tests/test_config.py tests/test_paths.py \
-    tests/test_processes.py tests/test_object_storage.py \
+  "$venv/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile -m 'not slow' \
+    tests/sae tests/training tests/lm/test_golden.py tests/lm/test_transformer.py \
+    tests/lm/test_weights.py tests/activations/test_loader.py \
+    tests/activations/test_source.py tests/evaluation/test_passes.py \
+    tests/test_restore.py tests/test_processes.py tests/test_notebooks.py \
     tests/test_programs.py::test_the_four_commands_leave_what_the_contract_says
 }
 
