@@ -16,35 +16,19 @@ The batch is of --batch rows whatever the number of chips. `sae` rows train
 import argparse
 import dataclasses
 import importlib.metadata
-import math
 import pathlib
-import re
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from benchmarks import record, topology
-from benchmarks.roofline import (
-  CHIPS,
-  GB,
-  PASSES,
-  Chip,
-  best_split,
-  draw,
-  links,
-  predict,
-  wire_bytes,
-)
+from benchmarks import record
 from experiments import quickstart
 from gsae_jax import config as config_lib
-from gsae_jax.sae import ARCHITECTURES
-from gsae_jax.training import state as state_lib
-from gsae_jax.training.members import make_recipe
-from gsae_jax.training.programs import compile_step
-from gsae_jax.training.step import Hyperparameters
+from gsae_jax.sae.layers import PRECISIONS
+from launch.preflight import measure as measure_lib
+from launch.preflight import programs as programs_lib
+from launch.preflight import topology
+from launch.preflight.roofline import GB, best_split, draw, predict
+from launch.preflight.topology import Machine
 
 MB, MS = 1e6, 1e-3
 
@@ -56,7 +40,7 @@ TOPOLOGIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Case:
   """The step of some SAEs on some chips."""
 
   topology: str
@@ -65,8 +49,8 @@ class Program:
   model: int
 
   @property
-  def chip(self) -> Chip:
-    return CHIPS[self.topology.partition(':')[0]]
+  def machine(self) -> Machine:
+    return topology.machine(self.topology)
 
   @property
   def mesh(self) -> dict[str, int]:
@@ -76,108 +60,56 @@ class Program:
     return f'{self.topology} sae={self.sae} data={self.data} model={self.model}'
 
 
-def programs(features: int, batch: int, members: int) -> list[Program]:
+def cases(features: int, batch: int, members: int) -> list[Case]:
   """One SAE on every topology; on the largest, also not divided by rows."""
   found = []
   for generation, shapes in TOPOLOGIES.items():
     for shape in shapes:
       name = f'{generation}:{shape}'
-      chips = math.prod(topology.bounds(name))
-      found.append(Program(name, 1, *best_split(chips, features, batch)))
-    found.append(Program(name, 1, 1, chips))
+      chips = topology.machine(name).chips
+      found.append(Case(name, 1, *best_split(chips, features, batch)))
+    found.append(Case(name, 1, 1, chips))
     if members > 1 and chips % members == 0:
       split = best_split(chips // members, features, batch)
-      found.append(Program(name, members, *split))
+      found.append(Case(name, members, *split))
   return list(dict.fromkeys(found))
 
 
-def compile_program(program: Program, args) -> tuple[Mesh, jax.stages.Compiled]:
+def make_program(case: Case, args) -> measure_lib.Program:
   """What gsae_jax.train compiles, for chips that are not there."""
-  mesh = topology.make_mesh(
-    topology.devices(program.topology), *program.mesh.values()
+  raw = quickstart.get_config()
+  raw.saes = tuple(
+    {
+      'name': f'{i}',
+      'architecture': 'gated',
+      'site': 'mlp_out.0',
+      'features': args.features,
+      'l1': 1.0,
+    }
+    for i in range(case.sae)
   )
-  module = ARCHITECTURES['gated'](
-    args.width, args.features, precision=args.precision, turned=True
-  )
-  recipe = make_recipe(config_lib.parse(quickstart.get_config()).train)
-  stacked = program.sae > 1
-  front = (program.sae,) if stacked else ()
-  shapes = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct((*front, *a.shape), a.dtype),
-    state_lib.member_shapes(module),
-  )
-  layout = 'stacked' if stacked else 'alone'
-  state = state_lib.place(
-    shapes, state_lib.shardings(mesh, shapes, layout=layout)
-  )
-  rows = NamedSharding(mesh, P('data', None))
-  x_BD = topology.abstract((args.batch, args.width), jnp.float32, rows)
-  spread = NamedSharding(mesh, P('sae') if stacked else P())
-  scalar = topology.abstract(front, jnp.float32, spread)
-  hyper = Hyperparameters(*[scalar] * len(Hyperparameters._fields))
-  step = compile_step(module, recipe, mesh, stacked=stacked)
-  return mesh, step.lower(state, (x_BD,), hyper, which=None).compile()
+  raw.train.batch_size = args.batch
+  raw.train.precision = args.precision
+  config = config_lib.parse(raw)
+  mesh = topology.make_mesh(topology.devices(case.machine), *case.mesh.values())
+  widths = dict.fromkeys(config.sites, args.width)
+  (group,) = programs_lib.groups(config, widths, mesh)
+  return programs_lib.step(group, config, case.machine, mesh)
 
 
-def sent(program: Program, mesh: Mesh, text: str) -> list[dict]:
-  """Collectives of a compiled program, by kind and by axis of the mesh."""
-  chip, found = program.chip, {}
-  for one in topology.collectives(text):
-    group = topology.first_group(one.groups, mesh.size)
-    axes = ' x '.join(topology.axes_of(group, program.mesh))
-    if len(group) > 1:
-      places = np.array([d.coords for d in mesh.devices.flat[group]])
-      bounds = topology.bounds(program.topology)
-      ways = links(places, bounds, chip)
-      wire = wire_bytes(one.kind, one.size, len(group))
-      row = found.setdefault(
-        (one.kind, axes),
-        {'kind': one.kind, 'axis': axes, 'links': ways}
-        | dict.fromkeys(('count', 'bytes', 'wire_bytes', 'seconds'), 0),
-      )
-      row['count'] += 1
-      row['bytes'] += one.size
-      row['wire_bytes'] += wire
-      row['seconds'] += wire / (ways * chip.network / chip.links)
-  return sorted(found.values(), key=lambda row: -row['bytes'])
-
-
-def measure(program: Program, args) -> dict:
+def measure(case: Case, args) -> dict:
   """A row, or what a chip lacks."""
-  chips = program.sae * program.data * program.model
-  row = {'topology': program.topology, 'chips': chips, 'mesh': program.mesh}
+  machine = case.machine
+  row = {'topology': case.topology, 'chips': machine.chips, 'mesh': case.mesh}
   try:
-    mesh, compiled = compile_program(program, args)
-  except jax.errors.JaxRuntimeError as error:
-    needs = re.search(r'Used (\S+) of (\S+) hbm', str(error))
-    if not needs:
-      raise
-    return row | {'does_not_fit': {'needs': needs[1], 'has': needs[2]}}
-  text, cost = compiled.as_text(), compiled.cost_analysis()
-  memory = compiled.memory_analysis()
+    found = measure_lib.measure(make_program(case, args))
+  except measure_lib.DoesNotFit as error:
+    return row | {'does_not_fit': error.words}
   unit = 2.0 * args.batch * args.width * args.features
-  moved = topology.memory_bytes(text)
-  collectives = sent(program, mesh, text)
-  seconds = {
-    'compute': cost['flops'] * PASSES[args.precision] / program.chip.flops,
-    'memory': moved / program.chip.bandwidth,
-    'network': sum(c['seconds'] for c in collectives),
-  }
-  return row | {
-    'flops_per_chip': cost['flops'],
-    'units': cost['flops'] * chips / (program.sae * unit),
-    'bytes_accessed': cost['bytes accessed'],
-    'memory_bytes': moved,
-    'collectives': collectives,
-    'held': {
-      'arguments': memory.argument_size_in_bytes,
-      'temporary': memory.temp_size_in_bytes,
-      'peak': memory.peak_memory_in_bytes,
-      'chip': program.chip.memory,
-    },
-    'seconds': seconds,
-    **predict(seconds, program.sae * args.batch),
-  }
+  units = found['flops_per_chip'] * machine.chips / (case.sae * unit)
+  held = found['held'] | {'chip': machine.chip.memory}
+  rates = predict(found['seconds'], case.sae * args.batch)
+  return row | found | {'units': units, 'held': held} | rates
 
 
 HEADS = [
@@ -223,7 +155,7 @@ def parse():
   flags.add_argument('--features', type=int, default=131_072, help='F')
   flags.add_argument('--batch', type=int, default=4096, help='B')
   flags.add_argument('--members', type=int, default=16, help='SAEs of a group.')
-  flags.add_argument('--precision', choices=tuple(PASSES), default='bfloat16')
+  flags.add_argument('--precision', choices=PRECISIONS, default='bfloat16')
   flags.add_argument(
     '--only', default='', help="Part of 'v5e:2x4 sae=1 data=1 model=8'."
   )
@@ -235,18 +167,15 @@ def parse():
 def main():
   args = parse()
   jax.config.update('jax_platforms', 'cpu')
-  chosen = [
-    p
-    for p in programs(args.features, args.batch, args.members)
-    if args.only in str(p)
-  ]
   settings = {
     k: v for k, v in vars(args).items() if k not in ('results', 'plot')
   }
   rows = []
   print(record.table(HEADS, []), flush=True)
-  for program in chosen:
-    row = measure(program, args)
+  for case in cases(args.features, args.batch, args.members):
+    if args.only not in str(case):
+      continue
+    row = measure(case, args)
     record.append(
       args.results,
       'scaling',

@@ -16,18 +16,18 @@ def split(path: str) -> tuple[str, str]:
   return scheme, place[2:] if place.startswith('//') else ''
 
 
-def workdir(path: str) -> epath.Path:
-  """The path of a workdir.
+def workdir(path: str, flag: str = '--workdir') -> epath.Path:
+  """The path of a workdir, which a flag gave.
 
   Raises:
     UserError: it is on storage that has no checkpoints, or gcsfs is missing.
   """
   scheme, place = split(path)
   if scheme == 'gs' and not place.partition('/')[0]:
-    raise UserError(f'--workdir: {path} has no bucket; give gs://BUCKET/PATH')
+    raise UserError(f'{flag}: {path} has no bucket; give gs://BUCKET/PATH')
   if scheme not in ('', 'gs'):
     raise UserError(
-      f'--workdir: {path}: checkpoints cannot be on {scheme}://; give a local '
+      f'{flag}: {path}: checkpoints cannot be on {scheme}://; give a local '
       'folder or gs://'
     )
   if scheme == 'gs':
@@ -36,7 +36,7 @@ def workdir(path: str) -> epath.Path:
       import gcsfs  # noqa: F401
     except ImportError as e:
       raise UserError(
-        f'--workdir: {path} needs gcsfs; pip install "gsae_jax[gcs]"'
+        f'{flag}: {path} needs gcsfs; pip install "gsae_jax[gcs]"'
       ) from e
     # Else a listing is never read again, and what others write never seen.
     options = fsspec.config.conf.setdefault('gcs', {})

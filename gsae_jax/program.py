@@ -14,7 +14,9 @@ from gsae_jax.errors import FAILED, PREEMPTED, Preempted, UserError
 class Preemption:
   """Notes SIGTERM and SIGINT, so that a loop can save and leave.
 
-  True once one has come. A second signal ends the process at once.
+  True once one has come. Then SIGINT ends the process at once: somebody at the
+  keyboard is in a hurry. SIGTERM does not: where a machine goes down it comes
+  from whatever started the process, and from the system too.
   """
 
   def __init__(self):
@@ -23,9 +25,9 @@ class Preemption:
       signal.signal(number, self._note)
 
   def _note(self, number, frame):
-    del frame
+    del number, frame
     self._seen = True
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
   def __bool__(self) -> bool:
     return self._seen

@@ -2,8 +2,10 @@
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from etils import epath
 
 from gsae_jax import paths
 from gsae_jax.errors import UserError
-from gsae_jax.sae import jumprelu, make_module
+from gsae_jax.sae import jumprelu, layers, make_module
 from gsae_jax.training.checkpoints import SCHEMA, Checkpoints
 
 
@@ -58,6 +60,28 @@ class SAE:
   def __call__(self, x: jax.Array) -> jax.Array:
     """`decode(encode(x))`."""
     return self.decode(self.encode(x))
+
+  def edit(
+    self, change: Callable[[jax.Array], jax.Array]
+  ) -> Callable[[jax.Array], jax.Array]:
+    """An edit of this SAE's site in a language model, by features.
+
+    What the SAE does not explain stays: rows whose features do not change keep
+    their bits.
+
+    Args:
+      change: from features `[..., features]` to those that are wanted instead.
+
+    Returns:
+      a function of activations, for `edits` of `lm.transformer.Transformer`.
+    """
+
+    def edited(x: jax.Array) -> jax.Array:
+      f = self.encode(x)
+      moved = layers.product(change(f) - f, self.params['W_dec'], 'float32')
+      return x + moved.astype(x.dtype)
+
+    return edited
 
   def _check(self, value: jax.Array, size: str) -> None:
     if value.shape[-1] != self.config[size]:
@@ -117,18 +141,41 @@ class SAE:
     )
 
 
+def folder(path: str) -> epath.Path:
+  """Where a `path` of `load` is; what is on the hub is downloaded first.
+
+  Raises:
+    UserError: the hub does not give it, or it is on storage that has none.
+  """
+  scheme, place = paths.split(path)
+  if scheme != 'hf':
+    return paths.workdir(path)
+  repository, _, revision = place.partition('@')
+  try:
+    return epath.Path(
+      huggingface_hub.snapshot_download(repository, revision=revision or None)
+    )
+  except Exception as e:  # A dozen network and hub errors, all the same here.
+    raise UserError(
+      f'{path} could not be downloaded ({type(e).__name__}); give '
+      'hf://ORG/NAME or hf://ORG/NAME@REVISION, or download it where there is a '
+      'network and give the folder'
+    ) from e
+
+
 def load(path: str, step: int | None = None, member: str | None = None) -> SAE:
   """Loads one SAE onto this process's first device.
 
   Args:
-    path: a workdir, one of its checkpoints, or a folder that `SAE.save` wrote.
+    path: a workdir, one of its checkpoints, or a folder that `SAE.save` wrote:
+      local, `gs://`, or a repository of the Hugging Face hub, `hf://ORG/NAME`.
     step: which checkpoint of a workdir; None is the latest.
     member: which SAE of the run; may be None where there is only one.
 
   Raises:
     UserError: there is nothing to load, or the choice is not clear.
   """
-  where = paths.workdir(path)
+  where = folder(path)
   if (where / 'sae.json').exists():
     return _load_exported(where)
   if where.parent.name == 'checkpoints' and where.name.isdigit():

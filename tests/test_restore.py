@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,6 +108,61 @@ def test_exported_folder_is_the_same_sae(run, tmp_path):
     ValueError, match='has schema 7, and this version reads 4'
   ):
     gsae_jax.load(str(tmp_path / 'out'))
+
+
+def test_a_repository_of_the_hub_is_a_folder(run, tmp_path, monkeypatch):
+  workdir, x, _ = run
+  asked = []
+
+  def download(repository, revision):  # Files are links, as in the hub's cache.
+    asked.append((repository, revision))
+    for path in workdir.rglob('*'):
+      link = tmp_path / 'snapshot' / path.relative_to(workdir)
+      if path.is_dir():
+        link.mkdir(parents=True, exist_ok=True)
+      else:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    return str(tmp_path / 'snapshot')
+
+  monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+  sae = gsae_jax.load('hf://org/run@v1', member='g')
+  want = gsae_jax.load(str(workdir), member='g')
+  np.testing.assert_array_equal(sae(x), want(x))
+  assert asked == [('org/run', 'v1')]
+
+  def fail(repository, revision):
+    assert revision is None
+    raise ConnectionError('no network\nat all')
+
+  monkeypatch.setattr('huggingface_hub.snapshot_download', fail)
+  with pytest.raises(
+    UserError, match='hf://org/no could not .*Error.; give'
+  ) as e:
+    gsae_jax.load('hf://org/no')
+  assert '\n' not in str(e.value)
+
+
+def test_an_edit_changes_features_and_keeps_the_rest(run):
+  workdir, x, _ = run
+  sae = gsae_jax.load(str(workdir), member='g')
+  f = np.asarray(sae.encode(x))
+  feature = f.max(0).argmax()
+  fires = f[:, feature] > 0
+  assert 0 < fires.sum() < len(x)
+  without = np.asarray(sae.edit(lambda f: f.at[:, feature].set(0))(x))
+  np.testing.assert_array_equal(without[~fires], x[~fires])
+  direction = np.asarray(sae.params['W_dec'])[feature]
+  np.testing.assert_allclose(
+    without, x - f[:, [feature]] * direction, rtol=1e-5, atol=1e-5
+  )
+  # The reconstruction loses as much as the activations do.
+  less = sae.decode(np.where(np.arange(64) == feature, 0, f))
+  np.testing.assert_allclose(x - without, sae(x) - less, atol=1e-4)
+  more = sae.edit(lambda f: f.at[..., feature].add(3))
+  np.testing.assert_allclose(more(x), x + 3 * direction, rtol=1e-5, atol=1e-5)
+  assert more(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+  np.testing.assert_array_equal(sae.edit(lambda f: f)(x), x)
 
 
 @pytest.mark.parametrize('name', ['g', 'r'])

@@ -9,68 +9,11 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from benchmarks import roofline, topology
-from benchmarks.scaling import cells, programs
+from benchmarks.scaling import cases, cells
+from launch.preflight import roofline, topology
 from tests.conftest import ROOT
 
 LIBTPU = ROOT / '.venv' / 'libtpu'  # Where `make test` puts it.
-MESH = {'sae': 2, 'data': 2, 'model': 4}
-
-# As the compiler writes them: on chips' own memory 'S(1)', one channel twice.
-PROGRAM = """
-%other {
-  %c = f32[8,4]{1,0} all-reduce(%f), channel_id=1, replica_groups=[2,4]<=[8], x=1
-}
-
-ENTRY %main {
-  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
-  %b = bf16[4]{0:T(128)S(1)} parameter(1)
-  %f = (f32[8,4]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) fusion(%a, %b), calls=%q
-  %g = f32[8,4]{1,0:T(8,128)} get-tuple-element(%f), index=0
-  %s = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%g)
-  %d = f32[8,4]{1,0:S(1)} copy-done(%s)
-  %t = (s32[]{:S(2)}, s32[]{:S(2)}, u32[]{:S(2)}) copy-start(%n)
-  %r = (f32[8,4]{1,0:S(1)}, /*index=1*/s32[2]{0}) all-reduce(%d, %i), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, use_global_device_ids=true
-}
-"""
-
-
-@pytest.mark.parametrize(
-  ('groups', 'group', 'axes'),
-  [
-    ('{{0,1,2,3},{4,5,6,7},{8,9,10,11}}', [0, 1, 2, 3], ('model',)),
-    ('{}', range(16), ('sae', 'data', 'model')),
-    ('[8,2]<=[2,2,4]T(0,2,1)', [0, 4], ('data',)),
-    ('[4,4]<=[16]', [0, 1, 2, 3], ('model',)),
-    ("mesh['axis_0'=2,'axis_1'=8] {'axis_0'}", [0, 8], ('sae',)),
-    ("mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", range(16), tuple(MESH)),
-    (
-      "mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,2,4]T(0,2,1)) "
-      "{'axis_2'}",
-      [0, 4],
-      ('data',),
-    ),
-  ],
-)
-def test_groups_say_which_axis_is_summed_over(groups, group, axes):
-  found = topology.first_group(groups, 16)
-  assert found.tolist() == list(group)
-  assert topology.axes_of(found, MESH) == axes
-
-
-def test_groups_of_another_form_are_an_error():
-  with pytest.raises(ValueError, match='not known'):
-    topology.first_group("mesh['axis_0'=16] {'axis_0':(1)4}", 16)
-
-
-def test_a_program_is_read():
-  (one,) = topology.collectives(PROGRAM)
-  assert (one.kind, one.size) == ('all-reduce', 8 * 4 * 4 + 2 * 4)
-  assert topology.first_group(one.groups, 8).tolist() == [0, 2, 4, 6]
-  assert topology.totals([one, one]) == {'all-reduce': (2, 2 * one.size)}
-  # The fusion reads one matrix and writes one, the copy reads it, and of the sum
-  # two integers lie outside.
-  assert topology.memory_bytes(PROGRAM) == 3 * 8 * 4 * 4 + 2 * 4
 
 
 def test_bytes_on_the_wire():
@@ -120,13 +63,13 @@ def test_the_best_split_divides_features_and_rows():
   assert roofline.best_split(8, 6, 4) == (4, 2)
 
 
-def test_programs_cover_their_chips():
-  found = programs(131_072, 4096, 16)
+def test_cases_cover_their_chips():
+  found = cases(131_072, 4096, 16)
   assert len(set(found)) == len(found)
-  for program in found:
-    chips = np.prod(topology.bounds(program.topology))
-    assert np.prod(list(program.mesh.values())) == chips
-  most = {p.topology.partition(':')[0] for p in found if p.sae == 16}
+  for case in found:
+    chips = topology.machine(case.topology).chips
+    assert np.prod(list(case.mesh.values())) == chips
+  most = {c.topology.partition(':')[0] for c in found if c.sae == 16}
   assert most == set(roofline.CHIPS)
 
 
@@ -190,4 +133,4 @@ def test_the_flagship_on_eight_chips(tmp_path):
   assert (sums['kind'], sums['axis']) == ('all-reduce', 'model')
   assert sums['bytes'] <= 2 * 4096 * 3072 * 4 * 1.01
   assert found['held']['peak'] < 16 * roofline.GB
-  assert found['units'] <= 7.1
+  assert 7 <= found['units'] <= 7.1

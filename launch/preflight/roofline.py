@@ -6,11 +6,7 @@ import numpy as np
 
 from gsae_jax.evaluation.figures import LEFT, TOP, Series, figure
 
-GB = 1e9
-
-# A chip adds up a product of bfloat16 in one pass. Factors of float32 are three
-# such parts each, and six products of parts matter.
-PASSES = {'bfloat16': 1, 'float32': 6}
+GB, GIB = 1e9, 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +16,7 @@ class Chip:
   Attributes:
     flops: of bfloat16, a second.
     memory: bytes.
+    usable: of the memory, what the compiler gives to programs.
     bandwidth: of the memory, bytes a second.
     network: bytes a second that leave a chip on all of its links together.
     links: of a chip.
@@ -31,6 +28,7 @@ class Chip:
 
   flops: float
   memory: float
+  usable: float
   bandwidth: float
   network: float
   links: int
@@ -39,9 +37,15 @@ class Chip:
 
 
 CHIPS = {
-  'v5e': Chip(197e12, 16 * GB, 819 * GB, 1600 * GB / 8, 4, 16, False),
-  'v5p': Chip(459e12, 95 * GB, 2765 * GB, 4800 * GB / 8, 6, 4, True),
-  'v6e': Chip(918e12, 32 * GB, 1640 * GB, 3584 * GB / 8, 4, 16, False),
+  'v5e': Chip(
+    197e12, 16 * GB, 15.75 * GIB, 819 * GB, 1600 * GB / 8, 4, 16, False
+  ),
+  'v5p': Chip(
+    459e12, 95 * GB, 95.74 * GIB, 2765 * GB, 4800 * GB / 8, 6, 4, True
+  ),
+  'v6e': Chip(
+    918e12, 32 * GB, 31.25 * GIB, 1640 * GB, 3584 * GB / 8, 4, 16, False
+  ),
 }
 
 

@@ -1,0 +1,220 @@
+"""The door: flags that targets share, and the run that they describe."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from gsae_jax import paths, program
+from gsae_jax.errors import UserError
+from launch import identity, package, specs
+from launch.submission import Submission
+
+_CONFIG = program.define_config()
+_RUN = flags.DEFINE_string(
+  'run', None, 'The folder of the run, gs://BUCKET/runs/NAME.'
+)
+flags.mark_flag_as_required('run')
+
+
+def define_submission() -> None:
+  """Flags of `submit`."""
+  flags.DEFINE_string(
+    'store', None, 'The activation store, if it is not of this run alone.'
+  )
+  flags.DEFINE_list(
+    'steps', None, 'Of harvest, train and evaluate; all, if left out.'
+  )
+  flags.DEFINE_multi_string(
+    'allow-config-change', [], 'A field that may differ from the run so far.'
+  )
+  flags.DEFINE_bool(
+    'dry_run', False, 'Show what would be sent, and send nothing.'
+  )
+  flags.mark_flag_as_required('config')
+
+
+def define_machines() -> None:
+  """Flags of `submit` where machines are lent."""
+  flags.DEFINE_string('topology', None, 'TPU slice, as preflight: v5e:4x4.')
+  flags.DEFINE_integer('slices', 1, 'How many of them, as one mesh.')
+  flags.DEFINE_string(
+    'evaluator', None, 'Another slice that evaluates while the first trains.'
+  )
+  flags.DEFINE_multi_string(
+    'env', [], 'NAME=VALUE for the programs. Whoever sees the run sees it too.'
+  )
+  flags.mark_flag_as_required('topology')
+
+
+def define_following(verb: str, seconds: float) -> None:
+  """Flags of `watch` and `logs`."""
+  if verb == 'watch':
+    flags.DEFINE_float('poll_seconds', seconds, 'How often it looks.')
+  if verb == 'logs':
+    flags.DEFINE_string('host', '0-0', 'SLICE-HOST whose log is shown.')
+
+
+def run_folder(*, remote: bool) -> epath.Path:
+  """What `--run` names; where machines are lent, its name fits theirs."""
+  run = identity.open_run(_RUN.value, remote=remote)
+  if remote:
+    specs.check_name(run.name)
+  return run
+
+
+def read_launch(target: str, *, remote: bool) -> tuple[epath.Path, dict]:
+  """The run of `--run`, and what was asked for.
+
+  Raises:
+    UserError: it was never submitted, elsewhere, or with another `--config`.
+  """
+  run = run_folder(remote=remote)
+  with identity.storage(run, 'read'):
+    launch = identity.read_json(run / 'launch.json')
+    if launch is None:
+      raise UserError(f'--run: {run} was never submitted')
+    if launch['target'] != target:
+      raise UserError(
+        f'--run: {run} was submitted by `launch {launch["target"]}`, which knows '
+        'about it'
+      )
+    if _CONFIG.present:
+      identity.check_config(run, _plain(program.read_config(_CONFIG)))
+  return run, launch
+
+
+def read_submission(*, remote: bool) -> Submission:
+  """What the flags of `submit` describe.
+
+  Raises:
+    UserError: they do not fit together, or to the working tree.
+  """
+  run = run_folder(remote=remote)
+  config = _plain(program.read_config(_CONFIG))
+  streams = config['loader']['source'] == 'stream'
+  steps = _steps(flags.FLAGS.steps, streams)
+  store = flags.FLAGS.store
+  if streams and store:
+    raise UserError("--store: loader.source is 'stream'; leave it out")
+  if remote and store and paths.split(store)[0] not in ('gs', 's3'):
+    raise UserError(
+      f'--store: {store!r} is not in a bucket; give gs:// or s3://'
+    )
+  root = package.root_of(pathlib.Path.cwd())
+  code = package.pack(root)
+  return Submission(
+    run=run,
+    config=config,
+    config_flags=_config_flags(root, code),
+    steps=steps,
+    store=None if streams else (store or f'{run}/store'),
+    allowed=tuple(flags.FLAGS['allow-config-change'].value),
+    code=code,
+  )
+
+
+def _steps(given: list[str] | None, streams: bool) -> tuple[str, ...]:
+  """The steps that `--steps` leaves, in their order.
+
+  Raises:
+    UserError: it has others, or none.
+  """
+  known = ('train', 'evaluate') if streams else ('harvest', 'train', 'evaluate')
+  wrong = [step for step in given or known if step not in known]
+  if wrong or given == []:
+    raise UserError(
+      f'--steps: {wrong[0] if wrong else ""!r} is not one of {", ".join(known)}'
+      + (" (loader.source is 'stream')" if streams else '')
+    )
+  steps = [step for step in known if step in (given or known)]
+  return tuple('stream' if streams and s == 'train' else s for s in steps)
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  try:
+    return json.loads(json.dumps(config.to_dict()))
+  except (AttributeError, TypeError) as e:
+    raise UserError(f'--config: it is not of plain values ({e})') from e
+
+
+def _config_flags(root: pathlib.Path, code: package.Code) -> tuple[str, ...]:
+  """What gives a program at the root of the packed tree this config.
+
+  Raises:
+    UserError: its file is not in the tree.
+  """
+  flag = flags.FLAGS['config']
+  name, colon, argument = config_flags.get_config_filename(flag).partition(':')
+  file = pathlib.Path(name).resolve()
+  below = file.relative_to(root) if file.is_relative_to(root) else None
+  if below is None or str(below) not in code.files:
+    raise UserError(
+      f'--config: {name} is not among the files that are sent; put it into '
+      f'{root}, where git does not ignore it'
+    )
+  changes = config_flags.get_override_values(flag)
+  found = (
+    f'--config={below}{colon}{argument}',
+    *(f'--config.{field}={value}' for field, value in changes.items()),
+  )
+  _check_fields(root, found)
+  return found
+
+
+def _check_fields(root: pathlib.Path, given: tuple[str, ...]) -> None:
+  """Lets the programs' own door look at a config, in a process of its own.
+
+  It imports jax, which takes the chips of a machine that has some.
+  """
+  checked = subprocess.run(
+    [sys.executable, '-m', 'launch.check', *given],
+    cwd=root,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  if checked.returncode:
+    lines = checked.stderr.strip().splitlines() or ['it cannot be read']
+    raise UserError(lines[-1].removeprefix('error: '))
+
+
+def read_environment() -> dict[str, str]:
+  """The variables of `--env`.
+
+  Raises:
+    UserError: one has no name or no value.
+  """
+  found = {}
+  for text in flags.FLAGS.env:
+    name, equals, value = text.partition('=')
+    if not equals or not name.isidentifier():
+      raise UserError(f'--env: {text!r} is not NAME=VALUE')
+    found[name] = value
+  return found
+
+
+def make_pause() -> Callable[[], None]:
+  """Waits until it is time for `watch` to look again.
+
+  It raises Preempted when a signal comes; the run itself goes on.
+  """
+  preempted = program.Preemption()
+
+  def pause() -> None:
+    preempted.check()
+    end = time.monotonic() + flags.FLAGS.poll_seconds
+    while (left := end - time.monotonic()) > 0:
+      time.sleep(min(0.2, left))
+      preempted.check()
+
+  return pause

@@ -1,0 +1,146 @@
+"""`python -m launch gke`: the machines of a run as JobSets, through kubectl."""
+
+import json
+import sys
+
+from absl import flags
+
+from gsae_jax.errors import UserError
+from launch import door, identity, jobset, kubectl, specs, view
+from launch.script import startup_script
+from launch.submission import check_hosts, date_of_packages
+
+
+def define(verb: str) -> None:
+  """Flags of a verb."""
+  if verb == 'submit':
+    door.define_submission()
+    door.define_machines()
+    flags.DEFINE_bool('spot', False, 'Cheaper, and taken away at any time.')
+    flags.DEFINE_string(
+      'context', None, "Of kubectl, if not its present one's."
+    )
+    flags.DEFINE_string('namespace', 'default', 'Of the JobSet.')
+    flags.DEFINE_string('queue', None, "Kueue's LocalQueue, if there is one.")
+    flags.DEFINE_string(
+      'image', 'python:3.12', 'With bash, curl and tar in it.'
+    )
+    flags.DEFINE_string(
+      'service_account', None, 'Of Kubernetes, which may use the bucket.'
+    )
+  door.define_following(verb, 30.0)
+
+
+def _spec(topology: str, flag: str, slices: int) -> jobset.JobSpec:
+  given = flags.FLAGS
+  specs.check_slices(slices)
+  return jobset.JobSpec(
+    slice=specs.parse_slice(topology, flag),
+    slices=slices,
+    spot=given.spot,
+    namespace=given.namespace,
+    queue=given.queue,
+    image=given.image,
+    service_account=given.service_account,
+  )
+
+
+def submit() -> None:
+  given = flags.FLAGS
+  roles = {'trainer': _spec(given.topology, '--topology', given.slices)}
+  if given.evaluator:
+    roles['evaluator'] = _spec(given.evaluator, '--evaluator', 1)
+  environment = door.read_environment()
+  run = door.read_submission(remote=True)
+  check_hosts(run, roles['trainer'].slice.hosts * given.slices)
+  dry = given.dry_run
+  date = identity.now() if dry else date_of_packages(run.run)
+  manifests = []
+  for role, spec in roles.items():
+    script = startup_script(
+      run,
+      role,
+      apart='evaluator' in roles,
+      date=date,
+      environment=environment,
+    )
+    name = f'{run.name}-eval' if role == 'evaluator' else run.name
+    manifests.append(jobset.manifest(spec, name, script))
+  text = kubectl.to_yaml(manifests)
+  if dry:
+    print(text)
+    return
+  launch = {
+    'date': date,
+    'context': given.context,
+    'namespace': given.namespace,
+    'jobsets': [m['metadata']['name'] for m in manifests],
+  }
+  names = _named(launch, 'get')
+  if found := kubectl.run(launch, *names, '--ignore-not-found', '-oname'):
+    if not all(view.is_over(run.run, role) for role in roles):
+      raise UserError(
+        f'--run: {found.split()[0]} is there; watch it, or delete it first'
+      )
+    kubectl.run(launch, *_named(launch, 'delete'), '--ignore-not-found')
+  run.record('gke', tuple(roles), launch)
+  print(kubectl.run(launch, 'apply', '-f', '-', text=text), end='')
+
+
+def _named(launch: dict, verb: str) -> list[str]:
+  return [verb, 'jobset', *launch['jobsets']]
+
+
+def status() -> None:
+  run, launch = door.read_launch('gke', remote=True)
+  print(
+    kubectl.run(launch, *_named(launch, 'get'), '--ignore-not-found'), end=''
+  )
+  view.show_state(run)
+
+
+def watch() -> None:
+  """JobSet starts again what was preempted; this only looks."""
+  run, launch = door.read_launch('gke', remote=True)
+  pause = door.make_pause()
+  roles = identity.ROLES[: len(launch['jobsets'])]
+  shown = set()
+  while not all(view.is_over(run, role) for role in roles):
+    for line in _conditions(launch):
+      if line not in shown:
+        print(line, flush=True)
+        shown.add(line)
+      if ' Failed: ' in line:
+        raise UserError(f'{line}; `launch gke logs` and kubectl may say why')
+    pause()
+  view.conclude(run)
+
+
+def _conditions(launch: dict) -> list[str]:
+  """What the cluster says of each JobSet."""
+  found = json.loads(
+    kubectl.run(launch, *_named(launch, 'get'), '--ignore-not-found', '-ojson')
+    or '{}'
+  )
+  items = found.get('items', [found] if found else [])
+  return [
+    f'{item["metadata"]["name"]} {about["type"]}: {about.get("message", "")}'
+    for item in items
+    for about in item.get('status', {}).get('conditions', [])
+    if about['status'] == 'True'
+  ]
+
+
+def logs() -> None:
+  run, _ = door.read_launch('gke', remote=True)
+  view.show_log(run, flags.FLAGS.host)
+
+
+def delete() -> None:
+  run, launch = door.read_launch('gke', remote=True)
+  with identity.storage(run, 'write to'):
+    for role in identity.ROLES[: len(launch['jobsets'])]:
+      identity.tell(run, role, 'deleted', None, None)
+  names = _named(launch, 'delete')
+  print(kubectl.run(launch, *names, '--ignore-not-found'), end='')
+  print(f'{run.name}: {run} is left as it is', file=sys.stderr)

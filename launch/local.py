@@ -1,0 +1,157 @@
+"""`python -m launch local`: a run in processes of this machine, as many hosts.
+
+Each has fake devices on the CPU: for trying what will run on a pod. Stops and
+goes on as there: a signal to one of the workers stops all of them.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from gsae_jax.errors import FAILED, PREEMPTED, UserError
+from launch import door, identity, view
+from launch.submission import Submission, check_hosts
+
+_POLL = 0.05
+
+
+def define(verb: str) -> None:
+  """Flags of a verb."""
+  if verb == 'submit':
+    door.define_submission()
+    flags.DEFINE_integer('processes', 1, 'As many as there would be hosts.')
+    flags.DEFINE_integer('devices', 1, 'Fake ones, of each.')
+  door.define_following(verb, 1.0)
+
+
+def submit() -> int:
+  """Runs to the end, in the foreground; returns the exit code."""
+  given = flags.FLAGS
+  for name in ('processes', 'devices'):
+    if given[name].value < 1:
+      raise UserError(f'--{name}: {given[name].value} is less than 1')
+  run = door.read_submission(remote=False)
+  check_hosts(run, given.processes)
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    place = f'127.0.0.1:{s.getsockname()[1]}'
+  commands = []
+  for host in range(given.processes):
+    where = (f'--coordinator={place}', f'--processes={given.processes}')
+    own = [*where, f'--process={host}']
+    words = run.worker_arguments('trainer', own, host=host)
+    commands.append([sys.executable, '-m', 'launch.worker', *words])
+  environment = {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(given.devices),
+    # XLA's pool: collectives of fake devices deadlock in one that is smaller.
+    'NPROC': str(max(16, 2 * given.devices)),
+  }
+  if given.dry_run:
+    settings = ' '.join(f'{k}={v}' for k, v in environment.items())
+    for command in commands:
+      print(settings, *command)
+    return 0
+  there = identity.read_json(run.run / 'launch.json') or {'target': None}
+  if there['target'] == 'local' and (pids := _alive(there)):
+    raise UserError(
+      f'--run: {run.run} is running (processes {_list(pids)}); watch it, or '
+      'delete it first'
+    )
+  run.record('local', ('trainer',), {'pids': []})
+  return _run(run, commands, environment)
+
+
+def _run(
+  run: Submission, commands: list[list[str]], environment: dict[str, str]
+) -> int:
+  workers = []
+
+  def forward(number, frame):
+    del frame
+    for w in workers:
+      if w.poll() is None:
+        w.send_signal(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, forward)
+  for command in commands:  # Each alone in its group: signals come from here.
+    workers.append(
+      subprocess.Popen(
+        command, env=os.environ | environment, start_new_session=True
+      )
+    )
+  pids = [w.pid for w in workers]
+  identity.write_json(
+    run.run / 'launch.json',
+    {'target': 'local', 'code': run.code.id, 'pids': pids},
+  )
+  return _wait(workers)
+
+
+def _wait(workers: list[subprocess.Popen]) -> int:
+  """Until all are gone; as of a pod, the first that stops takes the others."""
+  left, worst = list(workers), 0
+  while left:
+    time.sleep(_POLL)
+    for w in [w for w in left if w.poll() is not None]:
+      left.remove(w)
+      if w.returncode:
+        # One that was killed is a machine that is gone.
+        gone = w.returncode < 0 or w.returncode == PREEMPTED
+        worst = PREEMPTED if gone and worst != FAILED else FAILED
+        for other in left:
+          other.send_signal(signal.SIGTERM)
+  return worst
+
+
+def _alive(launch: dict) -> list[int]:
+  """Those of a run's workers that are still there."""
+  found = []
+  for pid in launch['pids']:
+    shown = subprocess.run(
+      ['ps', '-o', 'command=', '-p', str(pid)], capture_output=True, text=True
+    )
+    if 'launch.worker' in shown.stdout:  # Not another that has its number now.
+      found.append(pid)
+  return found
+
+
+def _list(pids: list[int]) -> str:
+  return ', '.join(map(str, pids)) or 'none'
+
+
+def status() -> None:
+  run, launch = door.read_launch('local', remote=False)
+  print(f'processes: {_list(_alive(launch))}')
+  view.show_state(run)
+
+
+def watch() -> None:
+  run, launch = door.read_launch('local', remote=False)
+  pause = door.make_pause()
+  while _alive(launch):
+    pause()
+  view.conclude(run)
+
+
+def logs() -> None:
+  run, _ = door.read_launch('local', remote=False)
+  view.show_log(run, flags.FLAGS.host)
+
+
+def delete() -> None:
+  """Stops the processes, which save; the folder stays."""
+  run, launch = door.read_launch('local', remote=False)
+  pids = _alive(launch)
+  for pid in pids:
+    os.kill(pid, signal.SIGTERM)
+  while _alive(launch):
+    time.sleep(_POLL)
+  identity.tell(run, 'trainer', 'deleted', None, None)
+  print(f'{run.name}: processes {_list(pids)} are gone; {run} is left as it is')

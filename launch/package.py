@@ -1,0 +1,99 @@
+"""The code that a run uses: the working tree as it is, committed or not."""
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import pathlib
+import subprocess
+import tarfile
+
+from gsae_jax.errors import UserError
+
+_MOST = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+  """A packed tree.
+
+  Attributes:
+    id: of its content: the same files have the same one.
+    commit: what is checked out, or None if nothing was ever committed.
+    files: paths below the root.
+    archive: a tar.gz, the same bytes for the same files.
+    diff: what differs from the commit, but for files that git does not know.
+  """
+
+  id: str
+  commit: str | None
+  files: tuple[str, ...]
+  archive: bytes
+  diff: bytes
+
+  @property
+  def dirty(self) -> bool:
+    return bool(self.diff)
+
+
+def root_of(folder: pathlib.Path) -> pathlib.Path:
+  """The top of the git tree that a folder is in.
+
+  Raises:
+    UserError: it is in none.
+  """
+  try:
+    top = _git(folder, 'rev-parse', '--show-toplevel')
+  except FileNotFoundError as e:
+    raise UserError('git is not installed; a run records its commit') from e
+  except subprocess.CalledProcessError as e:
+    raise UserError(
+      f'{folder} is not in a git tree, and a run records its commit; start from '
+      'a clone of the repository, or make it one: git init && git add -A'
+    ) from e
+  return pathlib.Path(top.decode().strip())
+
+
+def pack(root: pathlib.Path) -> Code:
+  """Packs what git tracks, and what is new and not ignored.
+
+  Raises:
+    UserError: it is too much to be code.
+  """
+  listed = _git(root, 'ls-files', '-coz', '--exclude-standard').decode()
+  names = sorted(n for n in set(listed.split('\0')) if (root / n).is_file())
+  size = sum((root / n).stat().st_size for n in names)
+  if size > _MOST:
+    largest = max(names, key=lambda n: (root / n).stat().st_size)
+    raise UserError(
+      f'{root}: its files have {size / 2**20:.0f} MB, more than '
+      f'{_MOST // 2**20}; list {largest} and others like it in .gitignore'
+    )
+  raw = io.BytesIO()
+  with tarfile.open(fileobj=raw, mode='w', format=tarfile.PAX_FORMAT) as tar:
+    for name in names:
+      data = (root / name).read_bytes()
+      entry = tarfile.TarInfo(name)
+      entry.size = len(data)
+      executable = (root / name).stat().st_mode & 0o100
+      entry.mode = 0o755 if executable else 0o644
+      tar.addfile(entry, io.BytesIO(data))
+  archive = gzip.compress(raw.getvalue(), mtime=0)
+  try:
+    commit = _git(root, 'rev-parse', '--verify', 'HEAD').decode().strip()
+    diff = _git(root, 'diff', '--binary', 'HEAD')
+  except subprocess.CalledProcessError:  # Nothing was ever committed.
+    commit, diff = None, b''
+  return Code(
+    id=hashlib.sha256(raw.getvalue()).hexdigest()[:16],
+    commit=commit,
+    files=tuple(names),
+    archive=archive,
+    diff=diff,
+  )
+
+
+def _git(folder: pathlib.Path, *arguments: str) -> bytes:
+  return subprocess.run(
+    ['git', *arguments], cwd=folder, check=True, capture_output=True
+  ).stdout

@@ -1,0 +1,150 @@
+"""Everything that is to be known of one config on one machine."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+from gsae_jax.config import Config
+from launch.preflight import meshes, parts, programs, show, topology
+from launch.preflight.model import Model, layout_of
+from launch.preflight.roofline import CHIPS, GIB
+from launch.preflight.topology import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What was found.
+
+  Attributes:
+    mesh: sizes of the axes that training has.
+    rows: of every program; see `parts.measured`.
+    totals: by part; see `parts.total`.
+    problems: a sentence for each part that does not fit, with what would.
+  """
+
+  mesh: dict[str, int]
+  rows: list[dict[str, Any]]
+  totals: dict[str, dict[str, Any]]
+  problems: list[str]
+
+
+def examine(
+  config: Config,
+  model: Model,
+  machine: Machine,
+  *,
+  wanted: Collection[str] = parts.PARTS,
+  tries: int = 0,
+  price: float | None = None,
+  say: Callable[[str], None] = print,
+) -> Found:
+  """Compiles the programs of an experiment, telling of each.
+
+  Args:
+    config: the experiment.
+    model: its language model.
+    machine: the chips.
+    wanted: which of `parts.PARTS`.
+    tries: other meshes that the train step is compiled for.
+    price: dollars of a chip for an hour; None is not to speak of costs.
+    say: takes lines.
+
+  Raises:
+    UserError: the config cannot be run on these chips, whatever they hold.
+  """
+  mesh = config.mesh
+  sizes = topology.resolve(mesh.sae, mesh.data, mesh.model, machine.chips)
+  chips = topology.devices(machine)
+  found = Found(dict(zip(topology.AXES, sizes, strict=True)), [], {}, [])
+
+  def look(part: parts.Part) -> None:
+    say(f'\n{part.name}\n')
+    say(show.line(show.HEADS))
+    say(show.line(['---'] * len(show.HEADS)))
+    rows = []
+    for row in parts.measured(part):
+      rows.append(row)
+      say(show.line(show.cells(row)))
+    total = parts.total(part, rows, machine)
+    if part.name == 'train' and config.loader.source == 'stream':
+      total = parts.streamed(total, found.totals.get('harvest'))
+    found.rows.extend(rows)
+    found.totals[part.name] = total
+    say('\n' + '\n'.join(show.summary(total, machine, price)))
+
+  if 'harvest' in wanted or config.loader.source == 'stream':
+    look(parts.harvest(config, model, machine))
+  if 'train' in wanted:
+    made = topology.make_mesh(chips, *sizes)
+    look(parts.train(config, model, machine, made))
+    _compare(found, config, model, machine, tries, say)
+  if 'evaluate' in wanted:
+    look(parts.evaluate(config, model, machine))
+  for name in ('harvest', 'evaluate'):
+    if not found.totals.get(name, {'fits': True})['fits']:
+      found.problems.append(
+        _problem(
+          found.totals[name], machine, _smaller(name, config, model, machine)
+        )
+      )
+  return found
+
+
+def work_of(config: Config, model: Model, machine: Machine) -> meshes.Work:
+  """What the config trains, for `meshes` to divide."""
+  # Products do not depend on the mesh, and one chip divides all sizes.
+  mesh = topology.make_mesh(topology.devices(machine)[:1], 1, 1, 1)
+  groups = programs.groups(config, model.widths(config.sites), mesh)
+  products = []
+  for group in groups:
+    step = programs.step(group, config, machine, mesh)
+    members = len(group.members) if group.stacked else 1
+    products.append(step.products().times(1 / members))
+  return meshes.Work(config, groups, products)
+
+
+def _compare(found: Found, config, model, machine, tries: int, say) -> None:
+  """Ranks the meshes, compiles the best, and says what would fit."""
+  work = work_of(config, model, machine)
+  ranked = meshes.rank(work, machine)
+  sizes, total = tuple(found.mesh.values()), found.totals['train']
+  totals = {sizes: total}
+  for estimate in [e for e in ranked if e.sizes != sizes][:tries]:
+    mesh = topology.make_mesh(topology.devices(machine), *estimate.sizes)
+    part = parts.train(config, model, machine, mesh)
+    rows = list(parts.measured(part))
+    totals[estimate.sizes] = parts.total(part, rows, machine)
+  say('\n' + '\n'.join(show.ranking(ranked, totals, sizes, machine)))
+  if not total['fits']:
+    now = meshes.estimate(work, machine, *sizes)
+    found.problems.append(
+      _problem(total, machine, meshes.remedies(work, machine, now))
+    )
+
+
+def _problem(total: dict[str, Any], machine: Machine, would: list[str]) -> str:
+  needs, usable = total['needs'] / GIB, total['usable'] / GIB
+  help_ = f'; what would fit: {"; or ".join(would)}' if would else ''
+  return (
+    f'{total["part"]} needs {needs:.2f} GiB of the {usable:.2f} that a chip of '
+    f'{machine.name} has{help_}'
+  )
+
+
+def _smaller(name: str, config: Config, model: Model, machine: Machine):
+  """What makes a language model's programs smaller."""
+  layout = layout_of(config.lm.layout, model, machine.host, config.mesh.model)
+  would = []
+  if layout.kind != 'fully_sharded' and layout.mesh.size > 1:
+    size = model.bytes / layout.mesh.size / GIB
+    would.append(
+      f'lm.layout=fully_sharded, with {size:.2f} GiB of parameters a chip'
+    )
+  field, count, least = {
+    'harvest': ('store.batch_contexts', config.store.batch_contexts, 1),
+    'evaluate': ('eval.batch_size', config.eval.batch_size, layout.parts),
+  }[name]
+  if count and count > least:
+    would.append(f'{field}={max(count // 2, least)} or less')
+  more = [g for g, c in CHIPS.items() if c.usable > machine.chip.usable]
+  return would + ([f'chips of {" or ".join(more)}'] if more else [])

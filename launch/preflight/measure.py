@@ -1,0 +1,145 @@
+"""What one program takes of a chip, and what of that bounds it."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from launch.preflight import products
+from launch.preflight.compiled import Text, axes_of, first_group
+from launch.preflight.roofline import links, wire_bytes
+from launch.preflight.topology import Machine
+
+_LACKING = re.compile(
+  r'Used (\S+) of (\S+) hbm|'
+  r'\((\d[\d.]*\w)\) exceeds available HBM \((\d[\d.]*\w)\)'
+)
+_UNITS = {'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+  """One program of a part of the package, on a mesh of chips.
+
+  Attributes:
+    part: 'harvest', 'train' or 'evaluate'.
+    name: which of its programs.
+    machine: whose network the mesh lies in.
+    mesh: of all devices that take part.
+    tokens: of one run of it.
+    runs: in one turn of the part: a pass, a step or a batch.
+    fn: jitted or pmapped.
+    args: abstract.
+    kwargs: static.
+  """
+
+  part: str
+  name: str
+  machine: Machine
+  mesh: Mesh
+  tokens: int
+  runs: float
+  fn: Callable[..., Any]
+  args: tuple[Any, ...]
+  kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def products(self) -> products.Products:
+    return products.count(self.fn, *self.args, **self.kwargs)
+
+  def compile(self) -> jax.stages.Compiled:
+    return self.fn.lower(*self.args, **self.kwargs).compile()
+
+
+class DoesNotFit(Exception):
+  """The compiler says that a program needs more memory than a chip has.
+
+  Attributes:
+    needs: bytes.
+    words: what it needs and what there is, as the compiler writes it.
+  """
+
+  def __init__(self, needs: str, has: str):
+    super().__init__(f'needs {needs} of {has}')
+    self.needs = float(needs[:-1]) * _UNITS[needs[-1]]
+    self.words = {'needs': needs, 'has': has}
+
+
+@functools.lru_cache(1)  # To find how many contexts fit, one was compiled.
+def compiled(program: Program) -> jax.stages.Compiled:
+  """The program, compiled.
+
+  Raises:
+    DoesNotFit: it is larger than a chip.
+  """
+  try:
+    return program.compile()
+  except jax.errors.JaxRuntimeError as error:
+    found = _LACKING.search(str(error))
+    if not found:
+      raise
+    raise DoesNotFit(*(g for g in found.groups() if g)) from error
+
+
+def measure(program: Program) -> dict[str, Any]:
+  """What a chip computes, moves, sends and holds, as plain data.
+
+  Of operations the larger of two counts is taken: the compiler's, which has the
+  body of a loop once, and that of the products as they are written, shared
+  among all chips, which lacks what is made twice.
+
+  Raises:
+    DoesNotFit: it is larger than a chip.
+  """
+  chip = program.machine.chip
+  written = program.products()
+  built = compiled(program)
+  text, memory = Text(built.as_text()), built.memory_analysis()
+  flops = max(built.cost_analysis()['flops'], written.flops / program.mesh.size)
+  moved = text.memory_bytes()
+  collectives = sent(program, text)
+  passes = written.passes / written.flops if written.flops else 1.0
+  return {
+    'flops_per_chip': flops,
+    'memory_bytes': moved,
+    'collectives': collectives,
+    'held': {
+      'arguments': memory.argument_size_in_bytes,
+      'temporary': memory.temp_size_in_bytes,
+      'output': memory.output_size_in_bytes,
+      'code': memory.generated_code_size_in_bytes,
+      'peak': memory.peak_memory_in_bytes,
+    },
+    'seconds': {
+      'compute': flops * passes / chip.flops,
+      'memory': moved / chip.bandwidth,
+      'network': sum(c['seconds'] for c in collectives),
+    },
+  }
+
+
+def sent(program: Program, text: Text) -> list[dict[str, Any]]:
+  """Collectives of a compiled program, by kind and by axis of the mesh."""
+  chip, mesh, found = program.machine.chip, program.mesh, {}
+  for one in text.collectives():
+    group = first_group(one.groups, mesh.size)
+    if len(group) < 2:
+      continue
+    axes = ' x '.join(axes_of(group, dict(mesh.shape)))
+    places = np.array([d.coords for d in mesh.devices.flat[group]])
+    ways = links(places, program.machine.bounds, chip)
+    row = found.setdefault(
+      (one.kind, axes),
+      {'kind': one.kind, 'axis': axes, 'links': ways}
+      | dict.fromkeys(('count', 'bytes', 'wire_bytes', 'seconds'), 0),
+    )
+    wire = one.times * wire_bytes(one.kind, one.size, len(group))
+    row['count'] += one.times
+    row['bytes'] += one.times * one.size
+    row['wire_bytes'] += wire
+    row['seconds'] += wire / (ways * chip.network / chip.links)
+  return sorted(found.values(), key=lambda row: -row['bytes'])

@@ -1,0 +1,120 @@
+"""`python -m launch tpu`: the machines of a run as Cloud TPU queued resources."""
+
+import json
+
+from absl import flags
+
+from launch import door, identity, queued, specs, view
+from launch.follow import follow
+from launch.script import startup_script
+from launch.submission import check_hosts, date_of_packages
+
+
+def define(verb: str) -> None:
+  """Flags of a verb."""
+  if verb == 'submit':
+    door.define_submission()
+    door.define_machines()
+    flags.DEFINE_string('project', None, "Google Cloud's id of the project.")
+    flags.DEFINE_string('zone', None, 'Such as us-west4-a.')
+    flags.DEFINE_bool('spot', False, 'Cheaper, and taken away at any time.')
+    flags.DEFINE_string('runtime', None, "Image, if not the generation's own.")
+    flags.DEFINE_string('service_account', None, 'Of the machines.')
+    flags.DEFINE_string('network', None, "If not 'default'.")
+    flags.DEFINE_integer('valid_hours', None, 'Give up waiting after so many.')
+    flags.DEFINE_bool('keep', False, 'Leave the machines when all is over.')
+    flags.mark_flags_as_required(['project', 'zone'])
+  door.define_following(verb, 30.0)
+
+
+def _spec(
+  topology: str, flag: str, slices: int, runtime: str | None
+) -> specs.TpuSpec:
+  given = flags.FLAGS
+  slice_ = specs.parse_slice(topology, flag)
+  return specs.TpuSpec(
+    project=given.project,
+    zone=given.zone,
+    slice=slice_,
+    slices=slices,
+    spot=given.spot,
+    runtime=runtime or slice_.runtime or '',
+    service_account=given.service_account,
+    network=given.network,
+    valid_hours=given.valid_hours,
+  )
+
+
+def submit() -> None:
+  given = flags.FLAGS
+  roles = {
+    'trainer': _spec(given.topology, '--topology', given.slices, given.runtime)
+  }
+  if given.evaluator:
+    roles['evaluator'] = _spec(given.evaluator, '--evaluator', 1, None)
+  environment = door.read_environment()
+  run = door.read_submission(remote=True)
+  hosts = roles['trainer'].slice.hosts * given.slices
+  check_hosts(run, hosts)
+  dry = given.dry_run
+  date = identity.now() if dry else date_of_packages(run.run)
+  requests = {}
+  for role, spec in roles.items():
+    name = f'{run.name}-eval' if role == 'evaluator' else run.name
+    script = startup_script(
+      run,
+      role,
+      apart='evaluator' in roles,
+      date=date,
+      environment=environment,
+      queued_resource=None if given.keep else queued.name_of(spec, name),
+    )
+    request = queued.to_json(queued.build(spec, name, script))
+    requests[role] = request
+    if dry:
+      print(json.dumps(request, indent=1))
+      print(f'\n# startup.sh of the {role}\n{script}')
+      print(queued.gcloud_line(spec, name))
+  if dry:
+    return
+  cloud = queued.Cloud()
+  for request in requests.values():
+    cloud.make_room(queued.full_name(request))
+  run.record(
+    'tpu',
+    tuple(roles),
+    {'date': date, 'keep': given.keep, 'requests': requests},
+  )
+  for request in requests.values():
+    cloud.create(queued.from_json(request))
+  print(f'{run.name}: {hosts} hosts asked for; `launch tpu watch` follows it')
+
+
+def status() -> None:
+  run, launch = door.read_launch('tpu', remote=True)
+  cloud = queued.Cloud()
+  for role, request in launch['requests'].items():
+    state, why = cloud.state(queued.full_name(request))
+    print(f'{role}: machines {state}{why and f" ({why})"}')
+  view.show_state(run)
+
+
+def watch() -> None:
+  run, launch = door.read_launch('tpu', remote=True)
+  follow(run, launch, queued.Cloud(), door.make_pause())
+
+
+def logs() -> None:
+  run, _ = door.read_launch('tpu', remote=True)
+  view.show_log(run, flags.FLAGS.host)
+
+
+def delete() -> None:
+  run, launch = door.read_launch('tpu', remote=True)
+  cloud = queued.Cloud()
+  with identity.storage(run, 'write to'):  # Before, or `watch` asks again.
+    for role in launch['requests']:
+      identity.tell(run, role, 'deleted', None, None)
+  for request in launch['requests'].values():
+    cloud.delete(queued.full_name(request))
+  print(f'{run.name}: its machines are gone; {run} is left as it is')

@@ -1,0 +1,34 @@
+"""What is kept of what a program prints."""
+
+from etils import epath
+
+from launch import logs
+
+
+class Pipe:
+  """Gives one chunk after the other, as a pipe may cut them."""
+
+  def __init__(self, *chunks):
+    self._chunks = [*chunks, b'']
+
+  def read1(self, size):
+    return self._chunks.pop(0)
+
+
+def test_a_bar_is_kept_as_it_was_last(tmp_path, capsysbinary):
+  chunks = b'first\n\r 1%', b'\r 2%\r', b'100%', b'\nlast'
+  log = logs.Log(Pipe(*chunks), epath.Path(tmp_path) / 'a/b.log')
+  log.finish()
+  assert (tmp_path / 'a/b.log').read_bytes() == b'first\n100%\nlast'
+  assert capsysbinary.readouterr().out == b''.join(chunks)
+
+
+def test_the_newest_log_of_a_host(tmp_path):
+  run = epath.Path(tmp_path)
+  assert logs.latest(run, '0-0') is None
+  for name in ('train/2.0-0', 'harvest/1.0-0', 'train/3.0-1', 'startup/vm'):
+    path = run / 'logs' / f'{name}.log'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  assert logs.latest(run, '0-0') == run / 'logs/train/2.0-0.log'
+  assert logs.latest(run, '0-2') is None

@@ -1,0 +1,369 @@
+"""What a run would take of TPUs: read from texts, from models, by the compiler."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import smoke
+from gsae_jax import config as config_lib
+from gsae_jax.errors import UserError
+from launch.preflight import (
+  compiled,
+  meshes,
+  products,
+  programs,
+  tables,
+  topology,
+)
+from launch.preflight.model import read_model
+from tests.conftest import ROOT
+
+LIBTPU = ROOT / '.venv' / 'libtpu'  # Where `make test` puts it.
+
+MESH = {'sae': 2, 'data': 2, 'model': 4}
+
+# As the compiler writes them: on chips' own memory 'S(1)', one channel twice.
+PROGRAM = """
+%other {
+  %c = f32[8,4]{1,0} all-reduce(%f), channel_id=1, replica_groups=[2,4]<=[8], x=1
+}
+
+ENTRY %main {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %b = bf16[4]{0:T(128)S(1)} parameter(1)
+  %f = (f32[8,4]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) fusion(%a, %b), calls=%q
+  %g = f32[8,4]{1,0:T(8,128)} get-tuple-element(%f), index=0
+  %s = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%g)
+  %d = f32[8,4]{1,0:S(1)} copy-done(%s)
+  %t = (s32[]{:S(2)}, s32[]{:S(2)}, u32[]{:S(2)}) copy-start(%n)
+  %r = (f32[8,4]{1,0:S(1)}, /*index=1*/s32[2]{0}) all-reduce(%d, %i), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, use_global_device_ids=true
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ('groups', 'group', 'axes'),
+  [
+    ('{{0,1,2,3},{4,5,6,7},{8,9,10,11}}', [0, 1, 2, 3], ('model',)),
+    ('{}', range(16), ('sae', 'data', 'model')),
+    ('[8,2]<=[2,2,4]T(0,2,1)', [0, 4], ('data',)),
+    ('[4,4]<=[16]', [0, 1, 2, 3], ('model',)),
+    ("mesh['axis_0'=2,'axis_1'=8] {'axis_0'}", [0, 8], ('sae',)),
+    ("mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", range(16), tuple(MESH)),
+    (
+      "mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,2,4]T(0,2,1)) "
+      "{'axis_2'}",
+      [0, 4],
+      ('data',),
+    ),
+  ],
+)
+def test_groups_say_which_axis_is_summed_over(groups, group, axes):
+  found = compiled.first_group(groups, 16)
+  assert found.tolist() == list(group)
+  assert compiled.axes_of(found, MESH) == axes
+
+
+def test_groups_of_another_form_are_an_error():
+  with pytest.raises(ValueError, match='not known'):
+    compiled.first_group("mesh['axis_0'=16] {'axis_0':(1)4}", 16)
+
+
+def test_a_program_is_read():
+  text = compiled.Text(PROGRAM)
+  (one,) = text.collectives()
+  assert (one.kind, one.size, one.times) == ('all-reduce', 8 * 4 * 4 + 2 * 4, 1)
+  assert compiled.first_group(one.groups, 8).tolist() == [0, 2, 4, 6]
+  # The fusion reads one matrix and writes one, the copy reads it, and of the sum
+  # two integers lie outside.
+  assert text.memory_bytes() == 3 * 8 * 4 * 4 + 2 * 4
+
+
+# A loop of 16 turns that takes a row of one array and puts it into another.
+LOOP = """
+%slice (p.0: f32[16,8], p.1: s32[]) -> f32[8] {
+  %p.0 = f32[16,8]{1,0} parameter(0)
+  %p.1 = s32[]{:S(6)} parameter(1)
+  %ds = f32[1,8]{1,0} dynamic-slice(%p.0, %p.1, %p.1), dynamic_slice_sizes={1,8}
+  ROOT %bc = f32[8]{0:S(1)} bitcast(%ds)
+}
+
+%body (w: (s32[], f32[16,8], f32[16,8])) -> (s32[], f32[16,8], f32[16,8]) {
+  %w = (s32[]{:S(6)}, f32[16,8]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %i = s32[]{:S(6)} get-tuple-element(%w), index=0
+  %x = f32[16,8]{1,0} get-tuple-element(%w), index=1
+  %y = f32[16,8]{1,0} get-tuple-element(%w), index=2
+  %row = f32[8]{0:S(1)} fusion(%x, %i), kind=kLoop, calls=%slice
+  %sum = f32[8]{0:S(1)} all-reduce(%row), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %new = f32[16,8]{1,0} dynamic-update-slice(%y, %sum, %i)
+  ROOT %t = (s32[]{:S(6)}, f32[16,8]{1,0}, f32[16,8]{1,0}) tuple(%i, %x, %new)
+}
+
+%bound (w.1: (s32[], f32[16,8], f32[16,8])) -> pred[] {
+  %n = s32[] constant(16)
+  %w.1 = (s32[]{:S(6)}, f32[16,8]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %i.1 = s32[]{:S(6)} get-tuple-element(%w.1), index=0
+  ROOT %lt = pred[] compare(%i.1, %n), direction=LT
+}
+
+ENTRY %main (a: f32[16,8]) -> (s32[], f32[16,8], f32[16,8]) {
+  %a = f32[16,8]{1,0} parameter(0)
+  %z = s32[]{:S(6)} constant(0)
+  %in = (s32[]{:S(6)}, f32[16,8]{1,0}, f32[16,8]{1,0}) tuple(%z, %a, %a)
+  ROOT %while = (s32[]{:S(6)}, f32[16,8]{1,0}, f32[16,8]{1,0}) while(%in), condition=%bound, body=%body
+}
+"""
+
+
+def test_loops_count_as_often_as_they_go_around():
+  text = compiled.Text(LOOP)
+  (one,) = text.collectives()
+  assert (one.kind, one.size, one.times) == ('all-reduce', 8 * 4, 16)
+  # Of both arrays a row a turn, not all of them.
+  assert text.memory_bytes() == 16 * (8 * 4 + 8 * 4)
+
+
+def test_products_are_counted_as_they_are_needed():
+  w = jnp.ones((3, 5))
+  loop = lambda x: jax.lax.map(lambda x: x @ w, x)
+  x = jnp.ones((7, 2, 3))
+  once = 2 * 2 * 3 * 5
+  assert products.count(loop, x) == products.Products(7 * once, 7 * once)
+  exact = lambda x: jnp.matmul(x, w, precision='highest')
+  assert products.count(exact, x[0]) == products.Products(once, 6 * once)
+  # The gradient of x is not asked for.
+  grad = jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))
+  assert products.count(grad, w, x[0]).flops == 2 * once
+
+
+def test_products_of_all_devices():
+  x = jnp.ones((4, 2, 3))
+  each = jax.pmap(lambda x: x @ jnp.ones((3, 5)))
+  assert products.count(each, x).flops == 4 * 2 * 2 * 3 * 5
+
+
+@pytest.mark.parametrize(
+  ('name', 'chips', 'hosts', 'host'),
+  [
+    ('v5e:1x1', 1, 1, 'v5e:1x1'),
+    ('v5e:2x4', 8, 1, 'v5e:2x4'),
+    ('v5e:4x4', 16, 4, 'v5e:2x2'),
+    ('v6e:2x4', 8, 1, 'v6e:2x4'),
+    ('v5p:2x2x2', 8, 2, 'v5p:2x2x1'),
+  ],
+)
+def test_hosts_of_a_slice(name, chips, hosts, host):
+  found = topology.machine(name)
+  assert (found.chips, found.hosts, found.host.name) == (chips, hosts, host)
+  assert found.host.hosts == 1
+
+
+@pytest.mark.parametrize(
+  ('name', 'match'),
+  [
+    ('v7:2x2', "'v7:2x2' is not known.*v5e, v5p, v6e.*v5e:2x4"),
+    ('v5e', "'v5e' is not known"),
+    ('v5e:2x4x2', 'must have 2 axes.*v5e:2x4'),
+    ('v5p:2x2', 'must have 3 axes'),
+    ('v6e:0x4', 'one chip or more'),
+  ],
+)
+def test_slices_that_there_are_not(name, match):
+  with pytest.raises(UserError, match=match):
+    topology.machine(name)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(topology.importlib.util, 'find_spec', lambda _: None)
+  with pytest.raises(UserError, match=r"pip install 'gsae_jax\[tpu\]'"):
+    topology.devices(topology.machine('v5e:2x4'))
+
+
+def test_the_rest_of_a_mesh():
+  assert topology.resolve(1, -1, 4, 16) == (1, 4, 4)
+  assert topology.resolve(2, 2, 4, 16) == (2, 2, 4)
+  for sizes in ((1, -1, -1), (1, -1, 32), (1, 2, 4)):
+    with pytest.raises(UserError, match=r'does not cover 16 chip\(s\)'):
+      topology.resolve(*sizes, 16)
+
+
+def test_a_model_is_read_of_its_config_alone(tmp_path):
+  lm = lambda path: config_lib.LMConfig(str(path), None, 'bfloat16', 'auto')
+  with pytest.raises(UserError, match='has no config.json'):
+    read_model(lm(tmp_path))
+  (tmp_path / 'config.json').write_text(json.dumps(tables.RAW['gelu_1l']))
+  model = read_model(lm(tmp_path))
+  assert model.shapes['W_E'] == (48_262, 512)
+  assert 2 * 53e6 < model.bytes < 2 * 54e6
+  assert model.widths(['mlp_hidden.0']) == {'mlp_hidden.0': 2048}
+  with pytest.raises(UserError, match='layers 0 to 0'):
+    model.widths(['mlp_out.1'])
+  (tmp_path / 'config.json').write_text('{"model_type": "mamba"}')
+  with pytest.raises(UserError, match="'mamba'; supported are"):
+    read_model(lm(tmp_path))
+  (tmp_path / 'config.json').write_text('{"model_type": "gelu_1l"}')
+  with pytest.raises(UserError, match="no 'd_head'"):
+    read_model(lm(tmp_path))
+
+
+@pytest.fixture
+def work(monkeypatch):
+  """Two kinds of SAEs on slices whose chips lie in a row."""
+
+  def mesh(machine, *sizes):
+    chip = lambda i: types.SimpleNamespace(coords=(i, 0), platform='tpu')
+    chips = np.array([chip(i) for i in range(machine.chips)]).reshape(sizes)
+    shape = dict(zip(topology.AXES, sizes, strict=True))
+    return types.SimpleNamespace(shape=shape, devices=chips)
+
+  monkeypatch.setattr(meshes, '_mesh', mesh)
+  raw = smoke.get_config()
+  raw.train.batch_size = 4096
+  raw.saes = tuple(m | {'features': 2**17} for m in raw.saes[:2] * 2)
+  for i, member in enumerate(raw.saes):
+    member['name'] = str(i)
+  config = config_lib.parse(raw)
+  one = jax.sharding.Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), topology.AXES
+  )
+  groups = programs.groups(config, dict.fromkeys(config.sites, 3072), one)
+  unit = 2.0 * 4096 * 3072 * 2**17
+  of = {'gated': 7 * unit, 'relu': 5 * unit}
+  counted = [
+    products.Products(*[of[g.members[0].config.architecture]] * 2)
+    for g in groups
+  ]
+  return meshes.Work(config, groups, counted)
+
+
+def test_the_best_mesh_sends_least(work):
+  machine = topology.machine('v5e:2x4')
+  ranked = meshes.rank(work, machine)
+  assert {e.sizes for e in ranked} == {
+    (sae, data, 8 // sae // data)
+    for sae in (1, 2)
+    for data in (1, 2, 4, 8)
+    if sae * data <= 8
+  }
+  best = ranked[0]
+  assert best.data == 1 and best.needs < machine.chip.usable
+  # States are 8 bytes for a parameter, and come in whole members.
+  states = 4 * 8 * 2 * 3072 * 2**17 / 8
+  assert states < best.needs < 1.6 * states
+  # At the peak, 24 units take so long.
+  assert best.seconds == pytest.approx(
+    24 * 2 * 4096 * 3072 * 2**17 / 8 / 197e12, rel=0.2
+  )
+  fits = [e.needs <= machine.chip.usable for e in ranked]
+  assert fits == sorted(fits, reverse=True)
+
+
+def test_what_would_fit_is_said(work):
+  machine = topology.machine('v5e:2x2')
+  now = meshes.estimate(work, machine, 1, 4, 1)
+  assert now.needs > machine.chip.usable
+  said = meshes.remedies(work, machine, now)
+  assert [s.partition(' (about')[0] for s in said] == [
+    'mesh sae=1 data=1 model=4 on the same chips',
+    '1 of the 4 SAEs at a time',
+    'v5e:2x4 with mesh sae=1 data=1 model=8',
+  ]
+  # Of codes `[B, F]` an eighth is held, and gradients are summed up.
+  whole, small = (
+    meshes.estimate(work, machine, 1, 1, 4, microbatches=n) for n in (1, 8)
+  )
+  assert 0.9e9 < whole.needs - small.needs < 1.2e9
+
+
+def test_the_page_has_what_was_found():
+  done = tables.read(tables.RESULTS)
+  assert done.keys() <= {(str(c), p) for c in tables.CASES for p in c.wanted}
+  _, mark, below = tables.PAGE.read_text().partition(tables.MARK)
+  assert mark and below == tables.page(done)
+  for (case, part), line in done.items():
+    if part != 'train':
+      continue
+    assert line['total']['fits'] != bool(line['problems']), case
+    for row in line['rows']:
+      # Weights and their gradients stay where they are.
+      assert {c['kind'] for c in row['collectives']} == {'all-reduce'}
+
+
+def preflight(*flags, config=ROOT / 'experiments' / 'smoke.py'):
+  """Runs the command, with the compiler on the path."""
+  if not (LIBTPU / 'libtpu').is_dir():
+    pytest.skip(f'no libtpu in {LIBTPU}; make test installs it')
+  return subprocess.run(
+    [sys.executable, '-m', 'launch.preflight', f'--config={config}', *flags],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': f'{LIBTPU}:{ROOT}'},
+  )
+
+
+def test_what_the_compiler_refuses_is_one_line():
+  done = preflight('--topology=v5e:3x5')
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: --topology: the compiler refuses 'v5e:3x5' (")
+
+
+LARGE = """
+from experiments import smoke
+
+def get_config():
+  c = smoke.get_config()
+  c.saes = tuple(
+    c.saes[2] | {'features': 2**16, 'name': str(i)} for i in range(34)
+  )
+  return c
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('members', ['looped', 'stacked'])
+def test_what_does_not_fit_is_refused_with_the_number(tmp_path, members):
+  path = tmp_path / 'large.py'
+  path.write_text(LARGE)
+  done = preflight(
+    '--topology=v5e:1x1',
+    '--parts=train',
+    '--dollars_per_chip_hour=2',
+    f'--config.train.members={members}',
+    config=path,
+  )
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert re.match(r'error: train needs \d+\.\d\d GiB of the 15\.75', last)
+  assert 'v5e:2x2 with mesh' in last and 'SAEs at a time' in last
+  assert 'does not fit' in done.stdout
+  # Alone each of them fits, and has its time; together they are one program.
+  alone = members == 'looped'
+  assert ('dollars of the run' in done.stdout) == alone
+  assert ('**needs ' in done.stdout) != alone
+
+
+@pytest.mark.slow
+def test_a_divided_model_sends_sums_and_no_weights():
+  done = preflight(
+    '--topology=v5e:2x2',
+    '--parts=harvest',
+    '--config.lm.layout=tensor',
+    '--config.mesh.model=4',
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  (row,) = (s for s in done.stdout.splitlines() if s.startswith('| forward'))
+  cells = [c.strip() for c in row.split('|')]
+  assert cells[1].startswith('forward, 8 x 32, tensor')
+  # Of embeddings, attention and MLP, `[B, L, D]` in float32 each.
+  sums = 3 * 8 * 32 * 128 * 4 / 1e6
+  assert cells[5] == f'3 all-reduce over model {sums:.3g}'
