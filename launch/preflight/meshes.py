@@ -1,8 +1,8 @@
 """Ranks the ways to divide training over chips, by a model of time and memory.
 
-Nothing is compiled here. What it says of time and of temporaries was fitted to
-programs that were (docs/performance.md), and is good to a third; states are
-exact. The best few are compiled behind it.
+Nothing is compiled here. What it says of memory traffic and of temporaries was
+fitted to programs that were (docs/preflight.md); states are exact. The best few
+are compiled behind it.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from launch.preflight.programs import Group
 from launch.preflight.roofline import links, wire_bytes
 from launch.preflight.topology import Machine
 
-# How often a step goes through the parameters and through arrays `[B, F]`.
-_PARAMETER_PASSES, _CODE_PASSES = 14, 20
+# How often a step goes through the parameters, and through arrays `[B, F]` at
+# least and for each product with the decoder.
+_PARAMETER_PASSES, _CODE_PASSES, _DECODE_PASSES = 8, 2, 6
 # Arrays `[B, F]` that it holds at the same time.
 _CODES = 4
 
@@ -95,7 +96,7 @@ def rank(work: Work, machine: Machine) -> list[Estimate]:
     if divides(work, *sizes)
   ]
   usable = machine.chip.usable
-  return sorted(found, key=lambda e: (e.needs > usable, e.seconds, e.sizes))
+  return sorted(found, key=lambda e: (e.seconds, e.sizes))
 
 
 def _meshes(chips: int):
@@ -173,7 +174,8 @@ def estimate(
       machine, mesh, 'model', 4 * decodes * rows * module.width
     )
     network += _seconds(machine, mesh, 'data', params)
-    moved = _PARAMETER_PASSES * params + _CODE_PASSES * codes
+    passes = _CODE_PASSES + _DECODE_PASSES * decodes
+    moved = _PARAMETER_PASSES * params + passes * codes
     seconds += mine * max(
       products.passes / (data * model) / chip.flops,
       moved / chip.bandwidth,

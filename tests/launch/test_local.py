@@ -68,10 +68,10 @@ def local(verb, run, *flags):
   )
 
 
-def submit(store, run, hosts=2):
+def submit(store, run, *changes, hosts=2):
   flags = f'--config={CONFIG}', f'--store={store}', '--steps=train'
   shape = f'--processes={hosts}', f'--devices={hosts}'
-  return local('submit', run, *flags, *shape)
+  return local('submit', run, *flags, *shape, *changes)
 
 
 @pytest.mark.slow
@@ -113,7 +113,8 @@ def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
 
 @pytest.mark.slow
 def test_delete_stops_a_run_and_watch_sees_its_end(smoke, tmp_path):
-  process = submit(smoke[0], tmp_path, hosts=1)
+  endless = '--config.train.steps=1000000'
+  process = submit(smoke[0], tmp_path, endless, hosts=1)
   metrics = tmp_path / 'metrics.jsonl'
   wait_for(lambda: metrics.exists() and metrics.read_text(), process)
   watch = local('watch', tmp_path, '--poll_seconds=0.1')
