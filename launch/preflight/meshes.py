@@ -96,7 +96,7 @@ def rank(work: Work, machine: Machine) -> list[Estimate]:
     if divides(work, *sizes)
   ]
   usable = machine.chip.usable
-  return sorted(found, key=lambda e: (e.seconds, e.sizes))
+  return sorted(found, key=lambda e: (e.needs > usable, e.seconds, e.sizes))
 
 
 def _meshes(chips: int):

@@ -144,6 +144,26 @@ def test_products_are_counted_as_they_are_needed():
   # The gradient of x is not asked for.
   grad = jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))
   assert products.count(grad, w, x[0]).flops == 2 * once
+  # Nor is what nothing uses.
+  assert products.count(lambda x: (x @ w, x)[1], x[0]).flops == 0
+
+
+def test_a_step_is_seven_units_or_five():
+  config = config_lib.parse(smoke.get_config())
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), topology.AXES
+  )
+  groups = programs.groups(
+    config, {'mlp_out.0': 128, 'mlp_hidden.0': 512}, mesh
+  )
+  assert len(groups) == 4
+  for group in groups:
+    step = programs.step(group, config, topology.machine('v5e:1x1'), mesh)
+    module = group.module
+    unit = 2 * config.train.batch_size * module.width * module.features
+    units = {'gated': 7, 'relu': 5}[group.members[0].config.architecture]
+    # Beside them, a vector times the encoder.
+    assert step.products().flops == pytest.approx(units * unit, rel=0.02)
 
 
 def test_products_of_all_devices():
