@@ -23,6 +23,7 @@ import jax
 from benchmarks import record
 from experiments import quickstart
 from gsae_jax import config as config_lib
+from gsae_jax.mesh import make_mesh
 from gsae_jax.sae.layers import PRECISIONS
 from launch.preflight import measure as measure_lib
 from launch.preflight import programs as programs_lib
@@ -91,7 +92,7 @@ def make_program(case: Case, args) -> measure_lib.Program:
   raw.train.batch_size = args.batch
   raw.train.precision = args.precision
   config = config_lib.parse(raw)
-  mesh = topology.make_mesh(topology.devices(case.machine), *case.mesh.values())
+  mesh = make_mesh(**case.mesh, devices=topology.devices(case.machine))
   widths = dict.fromkeys(config.sites, args.width)
   (group,) = programs_lib.groups(config, widths, mesh)
   return programs_lib.step(group, config, case.machine, mesh)

@@ -1,5 +1,6 @@
 """The language model as harvest runs it: token ids in, rows on the host out."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -96,8 +97,11 @@ class Forward:
       )
     self.batch = batch_contexts * layout.parts
 
-  def _needed(self, contexts: int, length: int, dtype: str) -> int:
-    """Bytes of a device that passes of so many contexts take, by the compiler."""
+  def _needed(self, contexts: int, length: int, dtype: str) -> float:
+    """Bytes of a device that passes of so many contexts take, by the compiler.
+
+    A TPU's refuses what is too large, which is infinity.
+    """
     ids = jax.ShapeDtypeStruct(
       (contexts * self._layout.parts, length),
       np.int32,
@@ -105,7 +109,12 @@ class Forward:
     )
     nothing_done = dict.fromkeys(self.sites)
     lowered = self.run.lower(self._params, ids, nothing_done, dtype=dtype)
-    found = lowered.compile().memory_analysis()
+    try:
+      found = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      return math.inf
     results = 2 * found.output_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + results
 
@@ -152,7 +161,7 @@ def _limit(device: jax.Device) -> int | None:
 
 
 def fitting(
-  needed: Callable[[int], int], limit: int | None, length: int
+  needed: Callable[[int], float], limit: int | None, length: int
 ) -> int:
   """How many contexts a pass takes of each part of the layout.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from gsae_jax.config import Config
+from gsae_jax.mesh import axis_sizes, make_mesh
 from launch.preflight import meshes, parts, programs, show, topology
 from launch.preflight.model import Model, layout_of
 from launch.preflight.roofline import CHIPS, GIB
@@ -53,9 +54,9 @@ def examine(
     UserError: the config cannot be run on these chips, whatever they hold.
   """
   mesh = config.mesh
-  sizes = topology.resolve(mesh.sae, mesh.data, mesh.model, machine.chips)
+  sizes = axis_sizes(mesh.data, mesh.model, mesh.sae, machine.chips)
   chips = topology.devices(machine)
-  found = Found(dict(zip(topology.AXES, sizes, strict=True)), [], {}, [])
+  found = Found(sizes, [], {}, [])
 
   def look(part: parts.Part) -> None:
     say(f'\n{part.name}\n')
@@ -75,7 +76,7 @@ def examine(
   if 'harvest' in wanted or config.loader.source == 'stream':
     look(parts.harvest(config, model, machine))
   if 'train' in wanted:
-    made = topology.make_mesh(chips, *sizes)
+    made = make_mesh(mesh.data, mesh.model, mesh.sae, chips)
     look(parts.train(config, model, machine, made))
     _compare(found, config, model, machine, tries, say)
   if 'evaluate' in wanted:
@@ -93,7 +94,7 @@ def examine(
 def work_of(config: Config, model: Model, machine: Machine) -> meshes.Work:
   """What the config trains, for `meshes` to divide."""
   # Products do not depend on the mesh, and one chip divides all sizes.
-  mesh = topology.make_mesh(topology.devices(machine)[:1], 1, 1, 1)
+  mesh = make_mesh(1, 1, devices=topology.devices(machine)[:1])
   groups = programs.groups(config, model.widths(config.sites), mesh)
   products = []
   for group in groups:
@@ -110,7 +111,8 @@ def _compare(found: Found, config, model, machine, tries: int, say) -> None:
   sizes, total = tuple(found.mesh.values()), found.totals['train']
   totals = {sizes: total}
   for estimate in [e for e in ranked if e.sizes != sizes][:tries]:
-    mesh = topology.make_mesh(topology.devices(machine), *estimate.sizes)
+    sae, data, model_ = estimate.sizes
+    mesh = make_mesh(data, model_, sae, topology.devices(machine))
     part = parts.train(config, model, machine, mesh)
     rows = list(parts.measured(part))
     totals[estimate.sizes] = parts.total(part, rows, machine)

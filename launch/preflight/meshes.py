@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gsae_jax.config import Config
+from gsae_jax.mesh import make_mesh
 from gsae_jax.training import state as state_lib
 from gsae_jax.training.programs import is_stacked
 from launch.preflight import topology
@@ -122,7 +123,7 @@ def divides(work: Work, sae: int, data: int, model: int) -> bool:
 
 @functools.lru_cache(None)
 def _mesh(machine: Machine, sae: int, data: int, model: int) -> Mesh:
-  return topology.make_mesh(topology.devices(machine), sae, data, model)
+  return make_mesh(data, model, sae, topology.devices(machine))
 
 
 @functools.lru_cache(None)

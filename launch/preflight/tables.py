@@ -21,6 +21,7 @@ import jax
 
 from gsae_jax import config as config_lib
 from gsae_jax.config import Config
+from gsae_jax.mesh import axis_sizes
 from launch.preflight import meshes, parts, show, topology
 from launch.preflight.examine import examine, work_of
 from launch.preflight.model import Model, read_model
@@ -110,8 +111,8 @@ def resolve(case: Case, folder: str) -> tuple[Config, Model]:
   model = read_model(config.lm)
   work = work_of(config, model, machine)
   mesh = config.mesh
-  sizes = topology.resolve(mesh.sae, mesh.data, mesh.model, machine.chips)
-  now = meshes.estimate(work, machine, *sizes)
+  sizes = axis_sizes(mesh.data, mesh.model, mesh.sae, machine.chips)
+  now = meshes.estimate(work, machine, *sizes.values())
   if now.needs > machine.chip.usable:
     now = meshes.rank(work, machine)[0]
   raw.mesh.sae, raw.mesh.data, raw.mesh.model = now.sizes

@@ -13,13 +13,10 @@ os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
 
 import jax  # noqa: E402
-from jax.experimental import mesh_utils, topologies  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 from gsae_jax.errors import UserError  # noqa: E402
 from launch.preflight.roofline import CHIPS, Chip  # noqa: E402
-
-AXES = ('sae', 'data', 'model')
 
 # Of each generation, from few chips to many.
 SLICES = {
@@ -115,34 +112,6 @@ def devices(of: Machine) -> list:
     raise UserError(
       f'--topology: the compiler refuses {of.name!r} ({str(e).splitlines()[0]})'
     ) from e
-
-
-def resolve(
-  sae: int, data: int, model: int, chips: int
-) -> tuple[int, int, int]:
-  """Sizes of the axes, one of which may be -1 for "the rest".
-
-  Raises:
-    UserError: they do not multiply to the number of chips.
-  """
-  sizes = [sae, data, model]
-  if sizes.count(-1) == 1:
-    sizes[sizes.index(-1)] = chips // -math.prod(sizes)
-  if min(sizes) < 1 or math.prod(sizes) != chips:
-    raise UserError(
-      f'mesh: sae={sae} x data={data} x model={model} does not cover {chips} '
-      'chip(s); set one axis to -1'
-    )
-  return tuple(sizes)
-
-
-def make_mesh(chips: list, sae: int, data: int, model: int) -> Mesh:
-  """The mesh of `gsae_jax.mesh`, of chips that are not there."""
-  placed = mesh_utils.create_device_mesh(
-    (sae, data, model), chips, allow_split_physical_axes=True
-  )
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  return Mesh(placed, AXES, axis_types=auto)
 
 
 def abstract(shape, dtype, sharding) -> jax.ShapeDtypeStruct:

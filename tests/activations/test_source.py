@@ -245,6 +245,24 @@ def test_what_a_batch_needs_is_asked_of_the_compiler(embedded):
   assert run._needed(2048, 32, 'bfloat16') < many
 
 
+@pytest.mark.parametrize('why', ['RESOURCE_EXHAUSTED: hbm', 'INTERNAL: what'])
+def test_a_batch_that_the_compiler_refuses_does_not_fit(embedded, why):
+  class Refusing:
+    def lower(self, *args, **kwargs):
+      return self
+
+    def compile(self):
+      raise jax.errors.JaxRuntimeError(why)
+
+  run = forward(embedded)
+  run.run = Refusing()
+  if why.startswith('INTERNAL'):
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      run._needed(64, 32, 'float32')
+  else:
+    assert run._needed(64, 32, 'float32') == np.inf
+
+
 def test_the_batch_is_chosen_for_the_dearest_of_the_programs(
   embedded, monkeypatch
 ):

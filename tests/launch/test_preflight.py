@@ -151,7 +151,7 @@ def test_products_are_counted_as_they_are_needed():
 def test_a_step_is_seven_units_or_five():
   config = config_lib.parse(smoke.get_config())
   mesh = jax.sharding.Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1), topology.AXES
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), ('sae', 'data', 'model')
   )
   groups = programs.groups(
     config, {'mlp_out.0': 128, 'mlp_hidden.0': 512}, mesh
@@ -209,14 +209,6 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     topology.devices(topology.machine('v5e:2x4'))
 
 
-def test_the_rest_of_a_mesh():
-  assert topology.resolve(1, -1, 4, 16) == (1, 4, 4)
-  assert topology.resolve(2, 2, 4, 16) == (2, 2, 4)
-  for sizes in ((1, -1, -1), (1, -1, 32), (1, 2, 4)):
-    with pytest.raises(UserError, match=r'does not cover 16 chip\(s\)'):
-      topology.resolve(*sizes, 16)
-
-
 def test_a_model_is_read_of_its_config_alone(tmp_path):
   lm = lambda path: config_lib.LMConfig(str(path), None, 'bfloat16', 'auto')
   with pytest.raises(UserError, match='has no config.json'):
@@ -243,7 +235,7 @@ def work(monkeypatch):
   def mesh(machine, *sizes):
     chip = lambda i: types.SimpleNamespace(coords=(i, 0), platform='tpu')
     chips = np.array([chip(i) for i in range(machine.chips)]).reshape(sizes)
-    shape = dict(zip(topology.AXES, sizes, strict=True))
+    shape = dict(zip(('sae', 'data', 'model'), sizes, strict=True))
     return types.SimpleNamespace(shape=shape, devices=chips)
 
   monkeypatch.setattr(meshes, '_mesh', mesh)
@@ -254,7 +246,7 @@ def work(monkeypatch):
     member['name'] = str(i)
   config = config_lib.parse(raw)
   one = jax.sharding.Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1), topology.AXES
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), ('sae', 'data', 'model')
   )
   groups = programs.groups(config, dict.fromkeys(config.sites, 3072), one)
   unit = 2.0 * 4096 * 3072 * 2**17

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gsae_jax.errors import Preempted, UserError
-from gsae_jax.mesh import make_mesh
+from gsae_jax.mesh import axis_sizes, make_mesh
 from gsae_jax.restore import load
 from gsae_jax.sae import TRAINED, VARIANTS, make_module
 from gsae_jax.training import checkpoints as checkpoints_lib
@@ -506,6 +506,11 @@ def test_sizes_that_the_mesh_does_not_divide(store):
     )
   with pytest.raises(UserError, match='data=3 x model=1 does not cover 4'):
     make_mesh(3, 1)
+  for sizes in ((-1, -1, 1), (-1, 32, 1), (2, 4, 1)):
+    with pytest.raises(UserError, match='does not cover 16'):
+      axis_sizes(*sizes, 16)
+  assert axis_sizes(-1, 4, 1, 16) == {'sae': 1, 'data': 4, 'model': 4}
+  assert axis_sizes(4, -1, 2, 16) == {'sae': 2, 'data': 4, 'model': 2}
 
 
 def test_parameters_are_read_where_jax_has_no_cpu(monkeypatch):
