@@ -45,6 +45,32 @@ def test_links_that_a_group_can_use(generation, bounds, taken, count):
   assert roofline.links(places, bounds, chip) == count
 
 
+def test_groups_that_lie_across_each_other_share_the_links_between():
+  chip, link = roofline.CHIPS['v5e'], 1600e9 / 8 / 4
+  seconds = lambda groups, bounds=(2, 4), kind='all-reduce', size=672e6: (
+    roofline.network_seconds(kind, size, np.array(groups), bounds, chip)
+  )
+  # Each pair has a side of its own, and one link.
+  apart = [[(0, y), (1, y)] for y in range(4)]
+  np.testing.assert_allclose(seconds(apart), 672e6 / link)
+  # All four go over the two links in the middle.
+  across = [[(x, y), (1 - x, y + 2)] for x in (0, 1) for y in (0, 1)]
+  np.testing.assert_allclose(seconds(across), 4 * 672e6 / (2 * link))
+  # A ring is cut twice: half an axis apart, eight pairs on each line.
+  far = [[(x, y), (x, y + 8)] for x in range(16) for y in range(8)]
+  np.testing.assert_allclose(seconds(far, (16, 16)), 8 * 672e6 / (2 * link))
+  one = [[(x, y) for x in (0, 1) for y in range(4)]]
+  np.testing.assert_allclose(seconds(one), 7 / 4 * 672e6 / (2 * link))
+  sides = {
+    'all-gather': 1 / 2, 'reduce-scatter': 1, 'all-to-all': 1 / 2,
+    'collective-permute': 1,
+  }  # fmt: skip
+  for kind, part in sides.items():
+    np.testing.assert_allclose(
+      seconds(across, kind=kind), 4 * part * 672e6 / (2 * link)
+    )
+
+
 @pytest.mark.parametrize(
   ('chips', 'batch', 'split'),
   [

@@ -1,7 +1,6 @@
 """What a step does with some features at a time, and keeps of it.
 
-Gradients of weights go at once to where they are used, so they are never whole.
-Features come first here: `z_FB`. T is features of a part, U the rows of a batch that
+Gradients of weights go at once to where they are used. Features come first here: `z_FB`. T is features of a part, U the rows of a batch that
 it looks at.
 """
 

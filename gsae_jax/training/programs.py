@@ -46,7 +46,8 @@ def ways(
 ) -> tuple[str, ...]:
   """Those of `train_step` that members of this shape may take.
 
-  On CPUs, SAEs of some size have two: that was measured.
+  On CPUs, SAEs of some size go by blocks, and by open gates where rows move one by
+  one: that was measured.
 
   Raises:
     UserError: train.sparse is 'always', and it cannot be.
@@ -67,7 +68,8 @@ def ways(
         "and microbatch; set it to 'auto'"
       )
     return ('sparse',)
-  work = module.width * module.features * rows / mesh.shape['model']
+  work = module.width * module.features * rows
+  work /= mesh.shape['model'] * mesh.shape['data']
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   if not (can and on_cpu and work >= _WORTH_BLOCKS):
     return ('dense',)

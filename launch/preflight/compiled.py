@@ -115,7 +115,7 @@ class Text:
         before = found.get(channel[1])
         found[channel[1]] = Collective(
           match['kind'],
-          sizes[-1] if match['start'] else sum(sizes),
+          _result(match['kind'], bool(match['start']), sizes),
           groups[1] if groups else '{}',
           max(times.get(computation, 1), before.times if before else 1),
         )
@@ -216,6 +216,15 @@ class Text:
     return min(one.outside, _size(named[last.operands[1]].shape))
 
 
+def _result(kind: str, starts: bool, sizes: list[int]) -> int:
+  """Bytes that come out of a collective, of all arrays of its shape."""
+  if not starts or kind == 'all-reduce':
+    return sum(sizes)
+  # The start of others names what goes in, too, and handles.
+  arrays = [size for size in sizes if size > 4]
+  return sum(arrays[len(arrays) // 2 :])
+
+
 def _size(shape: str) -> int:
   return sum(size for size, _ in _arrays(shape))
 
@@ -229,8 +238,8 @@ def _arrays(shape: str) -> list[tuple[int, str]]:
   ]
 
 
-def first_group(groups: str, count: int) -> np.ndarray:
-  """Numbers of the devices of one group, in the order of the mesh.
+def groups_of(groups: str, count: int) -> np.ndarray:
+  """Numbers of the devices of each group, in the order of the mesh, `[groups, n]`.
 
   Args:
     groups: of a `Collective`; the compiler has three ways to write them.
@@ -241,13 +250,15 @@ def first_group(groups: str, count: int) -> np.ndarray:
   """
   everyone = np.arange(count)
   if groups.startswith('{'):
-    members = re.match(r'\{\{?([\d,]*)\}', groups)[1]
+    found = re.findall(r'\d[\d,]*', groups)
     return (
-      np.array([int(n) for n in members.split(',')]) if members else everyone
+      np.array([[int(n) for n in one.split(',')] for one in found])
+      if found
+      else everyone[None]
     )
   if '<=' in groups:
     size = int(re.match(r'\[\d+,(\d+)\]<=', groups)[1])
-    return _permuted(groups.partition('<=')[2], everyone)[:size]
+    return _permuted(groups.partition('<=')[2], everyone).reshape(-1, size)
   named = _NAMED_AXES.fullmatch(groups)
   axes = named and re.findall(r"'(\w+)'(?=,|$)", named['axes'])
   if not named or len(axes) != named['axes'].count(',') + 1:
@@ -255,7 +266,9 @@ def first_group(groups: str, count: int) -> np.ndarray:
   sizes = dict(re.findall(r"'(\w+)'=(\d+)", named['sizes']))
   ids = _permuted(named['ids'], everyone) if named['ids'] else everyone
   ids = ids.reshape([int(n) for n in sizes.values()])
-  return ids[tuple(slice(None) if a in axes else 0 for a in sizes)].ravel()
+  order = sorted(range(len(sizes)), key=lambda i: list(sizes)[i] in axes)
+  members = math.prod(int(sizes[a]) for a in axes)
+  return ids.transpose(order).reshape(-1, members)
 
 
 def _permuted(text: str, ids: np.ndarray) -> np.ndarray:

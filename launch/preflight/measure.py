@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from launch.preflight import products
-from launch.preflight.compiled import Text, axes_of, first_group
-from launch.preflight.roofline import links, wire_bytes
+from launch.preflight.compiled import Text, axes_of, groups_of
+from launch.preflight.roofline import network_seconds, wire_bytes
 from launch.preflight.topology import Machine
 
 _LACKING = re.compile(
@@ -125,21 +125,23 @@ def measure(program: Program) -> dict[str, Any]:
 def sent(program: Program, text: Text) -> list[dict[str, Any]]:
   """Collectives of a compiled program, by kind and by axis of the mesh."""
   chip, mesh, found = program.machine.chip, program.mesh, {}
+  places = np.array([d.coords for d in mesh.devices.flat])
   for one in text.collectives():
-    group = first_group(one.groups, mesh.size)
-    if len(group) < 2:
+    groups = groups_of(one.groups, mesh.size)
+    if groups.shape[1] < 2:
       continue
-    axes = ' x '.join(axes_of(group, dict(mesh.shape)))
-    places = np.array([d.coords for d in mesh.devices.flat[group]])
-    ways = links(places, program.machine.bounds, chip)
+    axes = ' x '.join(axes_of(groups[0], dict(mesh.shape)))
     row = found.setdefault(
       (one.kind, axes),
-      {'kind': one.kind, 'axis': axes, 'links': ways}
+      {'kind': one.kind, 'axis': axes}
       | dict.fromkeys(('count', 'bytes', 'wire_bytes', 'seconds'), 0),
     )
-    wire = one.times * wire_bytes(one.kind, one.size, len(group))
     row['count'] += one.times
     row['bytes'] += one.times * one.size
-    row['wire_bytes'] += wire
-    row['seconds'] += wire / (ways * chip.network / chip.links)
+    row['wire_bytes'] += one.times * wire_bytes(
+      one.kind, one.size, groups.shape[1]
+    )
+    row['seconds'] += one.times * network_seconds(
+      one.kind, one.size, places[groups], program.machine.bounds, chip
+    )
   return sorted(found.values(), key=lambda row: -row['bytes'])

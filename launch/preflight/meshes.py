@@ -21,7 +21,7 @@ from gsae_jax.training.programs import is_stacked
 from launch.preflight import topology
 from launch.preflight.products import Products
 from launch.preflight.programs import Group
-from launch.preflight.roofline import links, wire_bytes
+from launch.preflight.roofline import network_seconds
 from launch.preflight.topology import Machine
 
 # How often a step goes through the parameters, and through arrays `[B, F]` at
@@ -194,11 +194,12 @@ def _seconds(machine: Machine, mesh: Mesh, axis: str, size: float) -> float:
   """Of an all-reduce along an axis."""
   if mesh.shape[axis] == 1:
     return 0.0
-  group = mesh.devices[0, 0, :] if axis == 'model' else mesh.devices[0, :, 0]
-  places = np.array([d.coords for d in group])
-  ways = links(places, machine.bounds, machine.chip)
-  wire = wire_bytes('all-reduce', size, len(group))
-  return wire / (ways * machine.chip.network / machine.chip.links)
+  last = np.moveaxis(mesh.devices, list(mesh.shape).index(axis), -1)
+  places = np.array([d.coords for d in last.flat])
+  groups = places.reshape(-1, mesh.shape[axis], places.shape[-1])
+  return network_seconds(
+    'all-reduce', size, groups, machine.bounds, machine.chip
+  )
 
 
 def remedies(work: Work, machine: Machine, now: Estimate) -> list[str]:

@@ -1,6 +1,7 @@
 """What bounds a program: what it asks of a chip, over what the chip has."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -88,6 +89,14 @@ def wire_bytes(kind: str, size: int, devices: int) -> float:
   return factors[kind] * size
 
 
+def _closed(bounds: tuple[int, ...], chip: Chip) -> list[bool]:
+  """Whether each axis of the network is a ring."""
+  closed = [n % chip.ring == 0 for n in bounds]
+  if chip.cubes and not all(closed):
+    closed = [False] * len(bounds)
+  return closed
+
+
 def links(coordinates: np.ndarray, bounds: tuple[int, ...], chip: Chip) -> int:
   """Links of a chip that a collective can send on at the same time.
 
@@ -99,9 +108,7 @@ def links(coordinates: np.ndarray, bounds: tuple[int, ...], chip: Chip) -> int:
   Returns:
     two for each axis that they go all around, one for each that they do not.
   """
-  closed = [n % chip.ring == 0 for n in bounds]
-  if chip.cubes and not all(closed):
-    closed = [False] * len(bounds)
+  closed = _closed(bounds, chip)
   count = 0
   for taken_N, chips, around in zip(
     coordinates.T, bounds, closed, strict=False
@@ -110,6 +117,69 @@ def links(coordinates: np.ndarray, bounds: tuple[int, ...], chip: Chip) -> int:
     if taken > 1:
       count += 2 if around and taken == chips else 1
   return count
+
+
+def network_seconds(
+  kind: str,
+  size: int,
+  groups: np.ndarray,
+  bounds: tuple[int, ...],
+  chip: Chip,
+) -> float:
+  """Of a collective that all groups have at the same time.
+
+  Args:
+    kind: of collective.
+    size: what comes out of it, on a device.
+    groups: `[groups, devices, axes]` places in the network.
+    bounds: chips along each axis of the network.
+    chip: of what kind they are.
+
+  Returns:
+    what a group takes that has its links for itself, or, where groups lie across each
+    other, what the fewest links between two parts of the network take.
+  """
+  link = chip.network / chip.links
+  alone = wire_bytes(kind, size, groups.shape[1])
+  alone /= links(groups[0], bounds, chip) * link
+  across = [
+    sum(_across(kind, size, side) for side in sides) / (count * link)
+    for sides, count in _cuts(groups, bounds, chip)
+  ]
+  return max([alone, *across])
+
+
+def _cuts(groups: np.ndarray, bounds: tuple[int, ...], chip: Chip):
+  """Ways to cut the network in two: who is on one side, and links between."""
+  for axis, (n, around) in enumerate(
+    zip(bounds, _closed(bounds, chip), strict=True)
+  ):
+    count = math.prod(bounds) // n
+    for start in range(n // 2 if around else n - 1):
+      at = groups[..., axis]
+      if around:
+        yield (at - start) % n < n // 2, 2 * count
+      else:
+        yield at <= start, count
+
+
+def _across(kind: str, size: int, side: np.ndarray) -> float:
+  """Bytes that a group sends at least from one side to the other, that way more."""
+  devices, here = len(side), int(side.sum())
+  there = devices - here
+  if not here or not there:
+    return 0.0
+  larger = max(here, there)
+  return (
+    float(size)
+    * {
+      'all-reduce': 1,
+      'all-gather': larger / devices,
+      'reduce-scatter': larger,
+      'all-to-all': here * there / devices,
+      'collective-permute': 1,
+    }[kind]
+  )
 
 
 def predict(seconds: dict[str, float], tokens: int) -> dict:

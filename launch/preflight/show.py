@@ -11,7 +11,7 @@ MB, MS = 1e6, 1e-3
 _MESHES = 5  # Of a ranking.
 
 HEADS = (
-  'program', 'runs', 'TFLOP', 'moved, GB', 'sent by a chip, MB',
+  'program', 'runs', 'TFLOP', 'moved, GB', 'collectives, MB that come out',
   'arguments, GiB', 'temporary', 'code', 'peak', 'compute, ms', 'HBM, ms',
   'ICI, ms',
 )  # fmt: skip

@@ -99,7 +99,7 @@ def devices(of: Machine) -> list:
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
       "the TPU's compiler, libtpu, is not installed; on Linux, pip install "
-      "'gsae_jax[tpu]', or pip install --target DIR --no-deps libtpu of the "
+      "'.[tpu]' (in the clone), or pip install --target DIR --no-deps libtpu of the "
       "version that the installed JAX's extra tpu names, and PYTHONPATH=DIR"
     )
   try:

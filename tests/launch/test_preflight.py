@@ -69,24 +69,46 @@ ENTRY %main {
   ],
 )
 def test_groups_say_which_axis_is_summed_over(groups, group, axes):
-  found = compiled.first_group(groups, 16)
-  assert found.tolist() == list(group)
-  assert compiled.axes_of(found, MESH) == axes
+  found = compiled.groups_of(groups, 16)
+  assert found[0].tolist() == list(group)
+  assert found.shape[1] == len(group)
+  assert len(set(found.ravel().tolist())) == found.size
+  assert compiled.axes_of(found[0], MESH) == axes
 
 
 def test_groups_of_another_form_are_an_error():
   with pytest.raises(ValueError, match='not known'):
-    compiled.first_group("mesh['axis_0'=16] {'axis_0':(1)4}", 16)
+    compiled.groups_of("mesh['axis_0'=16] {'axis_0':(1)4}", 16)
 
 
 def test_a_program_is_read():
   text = compiled.Text(PROGRAM)
   (one,) = text.collectives()
   assert (one.kind, one.size, one.times) == ('all-reduce', 8 * 4 * 4 + 2 * 4, 1)
-  assert compiled.first_group(one.groups, 8).tolist() == [0, 2, 4, 6]
+  assert compiled.groups_of(one.groups, 8).tolist() == [
+    [0, 2, 4, 6],
+    [1, 3, 5, 7],
+  ]
   # The fusion reads one matrix and writes one, the copy reads it, and of the sum
   # two integers lie outside.
   assert text.memory_bytes() == 3 * 8 * 4 * 4 + 2 * 4
+
+
+def test_of_what_starts_only_results_are_counted():
+  program = """
+ENTRY %main {
+  %a = f32[8,4]{1,0} parameter(0)
+  %r = (f32[8,4]{1,0}, s32[2]{0}) all-reduce-start(%a, %a), channel_id=1, replica_groups=[1,8]<=[8]
+  %g = (f32[8,4]{1,0}, f32[64,4]{1,0}) all-gather-start(%a), channel_id=2, replica_groups=[1,8]<=[8]
+  %p = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), channel_id=3, source_target_pairs={{0,1}}
+}
+"""
+  found = {c.kind: c.size for c in compiled.Text(program).collectives()}
+  assert found == {
+    'all-reduce': 8 * 4 * 4 + 2 * 4,
+    'all-gather': 64 * 4 * 4,
+    'collective-permute': 8 * 4 * 4,
+  }
 
 
 # A loop of 16 turns that takes a row of one array and puts it into another.
@@ -205,7 +227,7 @@ def test_slices_that_there_are_not(name, match):
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
   monkeypatch.setattr(topology.importlib.util, 'find_spec', lambda _: None)
-  with pytest.raises(UserError, match=r"pip install 'gsae_jax\[tpu\]'"):
+  with pytest.raises(UserError, match=r"pip install '.\[tpu\]'"):
     topology.devices(topology.machine('v5e:2x4'))
 
 
