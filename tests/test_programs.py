@@ -114,7 +114,7 @@ def test_harvest_killed_and_started_again_is_as_if_never_killed(
 
 
 # Long enough to be caught in the middle, however busy the machine is.
-LONG = ('--config.train.steps=1500', '--config.train.checkpoint_every=250')
+LONG = ('--config.train.steps=600', '--config.train.checkpoint_every=100')
 
 
 @pytest.fixture(scope='module')
@@ -130,7 +130,7 @@ def same_run(ours, theirs):
   assert metrics_of(ours) == metrics_of(theirs)
   for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
     a, b = (gsae_jax.load(str(w), member=name) for w in (ours, theirs))
-    assert a.metadata['step'] == b.metadata['step'] == 1500
+    assert a.metadata['step'] == b.metadata['step'] == 600
     for k, v in b.params.items():
       np.testing.assert_array_equal(a.params[k], v)
 
@@ -142,7 +142,7 @@ def test_training_killed_and_started_again_is_as_if_never_killed(
   flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *LONG)
   metrics = tmp_path / 'metrics.jsonl'
   lines = lambda: metrics.read_text().count('\n') if metrics.exists() else 0
-  for enough in (4, 500):  # Of 1200.
+  for enough in (4, 200):  # Of 480.
     process = start('train', *flags)
     wait_for(lambda n=enough: lines() >= n, process)
     process.send_signal(signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_a_preempted_run_exits_42_and_goes_on(smoke, whole, tmp_path):
   _, err = process.communicate(timeout=120)
   assert process.returncode == 42, err
   saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
-  assert 0 < saved < 1500
+  assert 0 < saved < 600
   run('train', *flags)
   same_run(tmp_path, whole)
 
