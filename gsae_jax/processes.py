@@ -30,13 +30,15 @@ _PROCESS = flags.DEFINE_integer('process', None, 'Which one this is.')
 
 _FINE, _PREEMPTED, _FAILED = range(3)
 _LAST_WORDS = 2.0  # Seconds.
+# What JAX says where others did not come in time; they may be on their way.
+_LATE = 'DEADLINE_EXCEEDED', 'UNAVAILABLE'
 
 
 def initialize() -> None:
   """Joins the other processes, if the flags say that there are any.
 
   Raises:
-    UserError: the flags do not fit together, or the others cannot be reached.
+    UserError: the flags do not fit together, or to the machine.
   """
   place, count, index = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
   if place is None:
@@ -61,6 +63,8 @@ def initialize() -> None:
   try:
     jax.distributed.initialize(**explicit)
   except (ValueError, RuntimeError) as e:
+    if isinstance(e, RuntimeError) and any(late in str(e) for late in _LATE):
+      _leave(e)
     raise UserError(f'--coordinator={place}: {str(e).splitlines()[0]}') from e
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -197,22 +198,24 @@ def read_environment() -> dict[str, str]:
   found = {}
   for text in flags.FLAGS.env:
     name, equals, value = text.partition('=')
-    if not equals or not name.isidentifier():
+    if not equals or not re.fullmatch(r'[A-Za-z_]\w*', name, re.A):
       raise UserError(f'--env: {text!r} is not NAME=VALUE')
     found[name] = value
   return found
 
 
-def make_pause() -> Callable[[], None]:
-  """Waits until it is time for `watch` to look again.
+def make_pause() -> Callable[..., None]:
+  """Waits some seconds, or until it is time for `watch` to look again.
 
   It raises Preempted when a signal comes; the run itself goes on.
   """
   preempted = program.Preemption()
 
-  def pause() -> None:
+  def pause(seconds: float | None = None) -> None:
     preempted.check()
-    end = time.monotonic() + flags.FLAGS.poll_seconds
+    if seconds is None:
+      seconds = flags.FLAGS.poll_seconds
+    end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
       time.sleep(min(0.2, left))
       preempted.check()

@@ -4,11 +4,13 @@ import json
 import sys
 
 from absl import flags
+from etils import epath
 
 from gsae_jax.errors import UserError
 from launch import door, identity, jobset, kubectl, specs, view
+from launch.patience import Patience
 from launch.script import startup_script
-from launch.submission import check_hosts, date_of_packages
+from launch.submission import asked_before, check_hosts, date_of_packages
 
 
 def define(verb: str) -> None:
@@ -76,19 +78,37 @@ def submit() -> None:
     'namespace': given.namespace,
     'jobsets': [m['metadata']['name'] for m in manifests],
   }
-  names = _named(launch, 'get')
-  if found := kubectl.run(launch, *names, '--ignore-not-found', '-oname'):
-    if not all(view.is_over(run.run, role) for role in roles):
-      raise UserError(
-        f'--run: {found.split()[0]} is there; watch it, or delete it first'
-      )
-    kubectl.run(launch, *_named(launch, 'delete'), '--ignore-not-found')
+  # It may have been elsewhere, with another cluster or namespace.
+  for asked in (asked_before(run.run, 'gke'), launch):
+    if asked:
+      _make_room(run.run, asked)
   run.record('gke', tuple(roles), launch)
   print(kubectl.run(launch, 'apply', '-f', '-', text=text), end='')
 
 
+def _make_room(run: epath.Path, launch: dict) -> None:
+  """Deletes the JobSets of a run that is over.
+
+  Raises:
+    UserError: they are there, and it is not.
+  """
+  names = _named(launch, 'get')
+  found = kubectl.run(launch, *names, '--ignore-not-found', '-oname')
+  if not found:
+    return
+  if not all(view.is_over(run, role) for role in _roles(launch)):
+    raise UserError(
+      f'--run: {found.split()[0]} is there; watch it, or delete it first'
+    )
+  kubectl.run(launch, *_named(launch, 'delete'), '--ignore-not-found')
+
+
 def _named(launch: dict, verb: str) -> list[str]:
   return [verb, 'jobset', *launch['jobsets']]
+
+
+def _roles(launch: dict) -> tuple[str, ...]:
+  return identity.ROLES[: len(launch['jobsets'])]
 
 
 def status() -> None:
@@ -103,17 +123,19 @@ def watch() -> None:
   """JobSet starts again what was preempted; this only looks."""
   run, launch = door.read_launch('gke', remote=True)
   pause = door.make_pause()
-  roles = identity.ROLES[: len(launch['jobsets'])]
-  shown = set()
-  while not all(view.is_over(run, role) for role in roles):
-    for line in _conditions(launch):
-      if line not in shown:
-        print(line, flush=True)
-        shown.add(line)
-      if ' Failed: ' in line:
-        raise UserError(f'{line}; `launch gke logs` and kubectl may say why')
+  patience, shown = Patience(), set()
+  while True:
+    with patience.bear():
+      if all(view.is_over(run, role) for role in _roles(launch)):
+        view.conclude(run)
+        return
+      for line in _conditions(launch):
+        if line not in shown:
+          print(line, flush=True)
+          shown.add(line)
+        if ' Failed: ' in line:
+          raise UserError(f'{line}; `launch gke logs` and kubectl may say why')
     pause()
-  view.conclude(run)
 
 
 def _conditions(launch: dict) -> list[str]:
@@ -139,8 +161,9 @@ def logs() -> None:
 def delete() -> None:
   run, launch = door.read_launch('gke', remote=True)
   with identity.storage(run, 'write to'):
-    for role in identity.ROLES[: len(launch['jobsets'])]:
-      identity.tell(run, role, 'deleted', None, None)
+    identity.tell_deleted(run, _roles(launch))
   names = _named(launch, 'delete')
   print(kubectl.run(launch, *names, '--ignore-not-found'), end='')
+  with identity.storage(run, 'write to'):  # Hosts may have spoken last.
+    identity.tell_deleted(run, _roles(launch))
   print(f'{run.name}: {run} is left as it is', file=sys.stderr)

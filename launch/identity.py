@@ -23,6 +23,7 @@ from etils import epath
 
 from gsae_jax import paths
 from gsae_jax.errors import UserError
+from launch.patience import Unreachable
 
 _MISSING = '(missing)'
 ROLES = ('trainer', 'evaluator')
@@ -67,7 +68,7 @@ def storage(run: epath.Path, what: str) -> Iterator[None]:
         'check that the bucket is there and yours to write, and the credentials '
         '(gcloud auth application-default login)'
       )
-    raise UserError(
+    raise Unreachable(
       f'--run: cannot {what} {run} ({lines[0][:200]}); {remedy}'
     ) from e
 
@@ -148,6 +149,14 @@ def tell(
   """Writes how far a role of a run is."""
   value = {'state': state, 'step': step, 'reason': reason, 'time': now()}
   write_json(run / 'state' / f'{role}.json', value)
+
+
+def tell_deleted(run: epath.Path, roles: tuple[str, ...]) -> None:
+  """Writes that roles were deleted, but for those that had finished."""
+  about = told(run)
+  for role in roles:
+    if about.get(role, {}).get('state') != 'finished':
+      tell(run, role, 'deleted', None, None)
 
 
 def begin(run: epath.Path, roles: tuple[str, ...]) -> None:

@@ -5,6 +5,10 @@ import subprocess
 import yaml
 
 from gsae_jax.errors import UserError
+from launch.patience import Unreachable
+
+# What is refused today is refused tomorrow.
+_REFUSED = '(Forbidden)', '(Unauthorized)', "doesn't have a resource type"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -47,7 +51,8 @@ def run(launch: dict, *arguments: str, text: str | None = None) -> str:
     ) from e
   except subprocess.CalledProcessError as e:
     lines = e.stderr.strip().splitlines() or [f'it ended with {e.returncode}']
-    raise UserError(
+    kind = UserError if any(r in lines[-1] for r in _REFUSED) else Unreachable
+    raise kind(
       f'kubectl {arguments[0]}: {lines[-1]}; see that gcloud container clusters '
       'get-credentials was run, and that the cluster has JobSet'
     ) from e

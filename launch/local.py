@@ -15,7 +15,7 @@ from absl import flags
 
 from gsae_jax.errors import FAILED, PREEMPTED, UserError
 from launch import door, identity, view
-from launch.submission import Submission, check_hosts
+from launch.submission import Submission, asked_before, check_hosts
 
 _POLL = 0.05
 
@@ -57,8 +57,8 @@ def submit() -> int:
     for command in commands:
       print(settings, *command)
     return 0
-  there = identity.read_json(run.run / 'launch.json') or {'target': None}
-  if there['target'] == 'local' and (pids := _alive(there)):
+  there = asked_before(run.run, 'local')
+  if there and (pids := _alive(there)):
     raise UserError(
       f'--run: {run.run} is running (processes {_list(pids)}); watch it, or '
       'delete it first'
@@ -132,12 +132,14 @@ def status() -> None:
   view.show_state(run)
 
 
-def watch() -> None:
+def watch() -> int:
+  """Until the processes are gone; returns the exit code of such a run."""
   run, launch = door.read_launch('local', remote=False)
   pause = door.make_pause()
   while _alive(launch):
     pause()
   view.conclude(run)
+  return 0 if view.is_over(run, 'trainer') else PREEMPTED
 
 
 def logs() -> None:
@@ -149,9 +151,10 @@ def delete() -> None:
   """Stops the processes, which save; the folder stays."""
   run, launch = door.read_launch('local', remote=False)
   pids = _alive(launch)
+  identity.tell_deleted(run, ('trainer',))  # Before, for who watches.
   for pid in pids:
     os.kill(pid, signal.SIGTERM)
   while _alive(launch):
     time.sleep(_POLL)
-  identity.tell(run, 'trainer', 'deleted', None, None)
+  identity.tell_deleted(run, ('trainer',))
   print(f'{run.name}: processes {_list(pids)} are gone; {run} is left as it is')

@@ -11,6 +11,7 @@ from gsae_jax import paths
 
 _EVERY = 15.0  # Seconds; the object is written whole each time, so longer
 _PER_MB = 15.0  # for longer logs.
+_LAST = 10.0  # What is still in the pipe of a program that is gone.
 
 
 class Log(threading.Thread):
@@ -64,8 +65,9 @@ class Log(threading.Thread):
     return content
 
   def finish(self) -> None:
-    """Waits until all is kept."""
-    self.join()
+    """Waits until all is kept, unless what it left behind holds the pipe."""
+    self.join(_LAST)
+    self._end.set()
     self._keeper.join()
 
 

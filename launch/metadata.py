@@ -1,5 +1,6 @@
 """What the machine's metadata server says: who it is, and what comes."""
 
+import http.client
 import json
 import os
 import re
@@ -26,7 +27,7 @@ def get(path: str) -> str | None:
   try:
     with opener.open(request, timeout=_TIMEOUT) as reply:
       return reply.read().decode()
-  except OSError:
+  except (OSError, http.client.HTTPException):
     return None
 
 
@@ -96,7 +97,7 @@ def delete(queued_resource: str) -> None:
   """Deletes a queued resource, this machine with it.
 
   Raises:
-    OSError: it was refused.
+    OSError, HTTPException: it was refused.
   """
   tpu = os.environ.get(
     'CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU', 'https://tpu.googleapis.com/'

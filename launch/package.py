@@ -23,6 +23,7 @@ class Code:
     files: paths below the root.
     archive: a tar.gz, the same bytes for the same files.
     diff: what differs from the commit, but for files that git does not know.
+    unknown: those files.
   """
 
   id: str
@@ -30,10 +31,11 @@ class Code:
   files: tuple[str, ...]
   archive: bytes
   diff: bytes
+  unknown: tuple[str, ...] = ()
 
   @property
   def dirty(self) -> bool:
-    return bool(self.diff)
+    return bool(self.diff or self.unknown)
 
 
 def root_of(folder: pathlib.Path) -> pathlib.Path:
@@ -60,8 +62,8 @@ def pack(root: pathlib.Path) -> Code:
   Raises:
     UserError: it is too much to be code.
   """
-  listed = _git(root, 'ls-files', '-coz', '--exclude-standard').decode()
-  names = sorted(n for n in set(listed.split('\0')) if (root / n).is_file())
+  unknown = _listed(root, '-oz', '--exclude-standard')
+  names = sorted({*_listed(root, '-cz'), *unknown})
   size = sum((root / n).stat().st_size for n in names)
   if size > _MOST:
     largest = max(names, key=lambda n: (root / n).stat().st_size)
@@ -81,7 +83,7 @@ def pack(root: pathlib.Path) -> Code:
   archive = gzip.compress(raw.getvalue(), mtime=0)
   try:
     commit = _git(root, 'rev-parse', '--verify', 'HEAD').decode().strip()
-    diff = _git(root, 'diff', '--binary', 'HEAD')
+    diff = _git(root, 'diff', '--binary', '--no-ext-diff', '--no-color', 'HEAD')
   except subprocess.CalledProcessError:  # Nothing was ever committed.
     commit, diff = None, b''
   return Code(
@@ -90,7 +92,13 @@ def pack(root: pathlib.Path) -> Code:
     files=tuple(names),
     archive=archive,
     diff=diff,
+    unknown=tuple(unknown),
   )
+
+
+def _listed(root: pathlib.Path, *which: str) -> list[str]:
+  names = _git(root, 'ls-files', *which).decode().split('\0')
+  return [name for name in names if (root / name).is_file()]
 
 
 def _git(folder: pathlib.Path, *arguments: str) -> bytes:

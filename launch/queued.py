@@ -1,19 +1,25 @@
 """Queued resources of Cloud TPU: built, sent, looked at, deleted, sent again."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from gsae_jax.errors import UserError
+from launch.patience import Unreachable
 from launch.specs import TpuSpec
 
 try:
   from google.api_core import exceptions
-  from google.auth.exceptions import GoogleAuthError
+  from google.auth.exceptions import (
+    GoogleAuthError,
+    RefreshError,
+    TransportError,
+  )
   from google.cloud import tpu_v2
   from google.protobuf import json_format
 except ImportError as e:
   raise UserError(
-    'the client of Cloud TPU is missing; pip install "gsae_jax[launch]"'
+    "the client of Cloud TPU is missing; in the clone: pip install '.[launch]'"
   ) from e
 
 ABSENT = 'ABSENT'  # As a state: there is no such request.
@@ -116,8 +122,14 @@ def gcloud_line(spec: TpuSpec, run: str) -> str:
 class Cloud:
   """What is asked of Cloud TPU; its refusals are UserErrors of one line."""
 
-  def __init__(self, client=None):
-    """Takes a client; None makes one with the credentials of the user."""
+  def __init__(self, client=None, pause: Callable[[float], None] = time.sleep):
+    """Connects.
+
+    Args:
+      client: None makes one with the credentials of the user.
+      pause: waits so many seconds, while machines go.
+    """
+    self._pause = pause
     try:
       self._client = client or tpu_v2.TpuClient()
     except GoogleAuthError as e:
@@ -126,12 +138,16 @@ class Cloud:
   def _call(self, method: str, request):
     try:
       return getattr(self._client, method)(request=request)
+    except (RefreshError, TransportError) as e:
+      raise Unreachable(_no_credentials(e)) from e
     except (GoogleAuthError, exceptions.Unauthenticated) as e:
       raise UserError(_no_credentials(e)) from e
     except (exceptions.NotFound, exceptions.AlreadyExists):
       raise
-    except exceptions.GoogleAPICallError as e:
+    except (exceptions.PermissionDenied, exceptions.InvalidArgument) as e:
       raise UserError(_refusal(e)) from e
+    except exceptions.GoogleAPIError as e:
+      raise Unreachable(_refusal(e)) from e
 
   def state(self, name: str) -> tuple[str, str]:
     """The state of a queued resource, and what there is to say about it."""
@@ -172,7 +188,7 @@ class Cloud:
     try:
       self._call('delete_queued_resource', {'name': name, 'force': True})
       while self.state(name)[0] != ABSENT:
-        time.sleep(_POLL)
+        self._pause(_POLL)
     except exceptions.NotFound:
       pass
 
@@ -182,8 +198,9 @@ def _line(text: str) -> str:
   return lines[0][:300] if lines else ''
 
 
-def _refusal(error: 'exceptions.GoogleAPICallError') -> str:
-  return f'Cloud TPU refuses ({type(error).__name__}): {_line(error.message)}'
+def _refusal(error: 'exceptions.GoogleAPIError') -> str:
+  text = _line(getattr(error, 'message', error))
+  return f'Cloud TPU refuses ({type(error).__name__}): {text}'
 
 
 def _no_credentials(error: Exception) -> str:

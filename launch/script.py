@@ -46,6 +46,7 @@ def startup_script(
     'GSAE_BUCKET': bucket,
     'GSAE_OBJECT': quote(f'{name}/code/{code}.tar.gz', safe=''),
     'GSAE_LOGS': quote(f'{name}/logs/startup', safe=''),
+    'GSAE_STATE': quote(f'{name}/state/{role}.json', safe=''),
     'GSAE_ID': code,
     'GSAE_DATE': date,
     'GSAE_EXTRAS': ','.join(extras),

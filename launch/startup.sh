@@ -3,6 +3,7 @@
 #
 #   GSAE_BUCKET GSAE_OBJECT  where the code is, the object's name quoted for a URL
 #   GSAE_LOGS                name of the folder for what goes wrong here, quoted too
+#   GSAE_STATE               name of what says how far the run is, quoted too
 #   GSAE_ID                  of the code
 #   GSAE_DATE                packages are those of that day, at every start
 #   GSAE_EXTRAS              of the package
@@ -55,12 +56,21 @@ install() {
     --exclude-newer "$GSAE_DATE" --editable "${code}[$GSAE_EXTRAS]"
 }
 
+# Of a type, to an object, what comes in.
+upload() {
+  curl -fsS -H "$(authorization)" -H "Content-Type: $1" \
+    --data-binary @- -o /dev/null \
+    "$storage/upload/storage/v1/b/$GSAE_BUCKET/o?uploadType=media&name=$2" ||
+    true
+}
+
 report() {
   cat "$home/startup.log" >&3
-  curl -fsS -H "$(authorization)" -H 'Content-Type: text/plain' \
-    --data-binary "@$home/startup.log" -o /dev/null \
-    "$storage/upload/storage/v1/b/$GSAE_BUCKET/o?uploadType=media&name=$GSAE_LOGS%2F$(hostname).log" ||
-    true
+  upload text/plain "$GSAE_LOGS%2F$(hostname).log" <"$home/startup.log"
+  # So that `watch` ends, and deletes the machines.
+  printf '{"state": "failed", "step": "startup", "reason": "%s", "time": "%s"}\n' \
+    "logs/startup/$(hostname).log says why" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" |
+    upload application/json "$GSAE_STATE"
 }
 
 mkdir -p "$home"

@@ -103,6 +103,13 @@ def date_of_packages(run: epath.Path) -> str:
   return launch.get('date') or identity.now()
 
 
+def asked_before(run: epath.Path, target: str) -> dict[str, Any] | None:
+  """What a target was asked for when the run was submitted last, if it was."""
+  with identity.storage(run, 'read'):
+    launch = identity.read_json(run / 'launch.json')
+  return launch if launch and launch['target'] == target else None
+
+
 def check_hosts(submission: Submission, hosts: int) -> None:
   """Refuses many hosts for what runs in one process."""
   if submission.store is None and hosts > 1:

@@ -7,7 +7,7 @@ from absl import flags
 from launch import door, identity, queued, specs, view
 from launch.follow import follow
 from launch.script import startup_script
-from launch.submission import check_hosts, date_of_packages
+from launch.submission import asked_before, check_hosts, date_of_packages
 
 
 def define(verb: str) -> None:
@@ -78,7 +78,9 @@ def submit() -> None:
   if dry:
     return
   cloud = queued.Cloud()
-  for request in requests.values():
+  # It may have been elsewhere, in another zone, or with an evaluator.
+  asked = asked_before(run.run, 'tpu') or {'requests': {}}
+  for request in (*asked['requests'].values(), *requests.values()):
     cloud.make_room(queued.full_name(request))
   run.record(
     'tpu',
@@ -101,7 +103,8 @@ def status() -> None:
 
 def watch() -> None:
   run, launch = door.read_launch('tpu', remote=True)
-  follow(run, launch, queued.Cloud(), door.make_pause())
+  pause = door.make_pause()
+  follow(run, launch, queued.Cloud(pause=pause), pause)
 
 
 def logs() -> None:
@@ -111,10 +114,12 @@ def logs() -> None:
 
 def delete() -> None:
   run, launch = door.read_launch('tpu', remote=True)
-  cloud = queued.Cloud()
+  cloud = queued.Cloud(pause=door.make_pause())
+  roles = tuple(launch['requests'])
   with identity.storage(run, 'write to'):  # Before, or `watch` asks again.
-    for role in launch['requests']:
-      identity.tell(run, role, 'deleted', None, None)
+    identity.tell_deleted(run, roles)
   for request in launch['requests'].values():
     cloud.delete(queued.full_name(request))
+  with identity.storage(run, 'write to'):  # Hosts may have spoken last.
+    identity.tell_deleted(run, roles)
   print(f'{run.name}: its machines are gone; {run} is left as it is')

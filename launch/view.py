@@ -33,7 +33,9 @@ def conclude(run: epath.Path) -> None:
     UserError: not well.
   """
   show_state(run)
-  for role, about in identity.told(run).items():
+  with identity.storage(run, 'read'):
+    found = identity.told(run)
+  for role, about in found.items():
     if about['state'] == 'failed':
       raise UserError(
         f'{role} of {run.name} failed at {about["step"]}: {about["reason"]}; '

@@ -10,6 +10,7 @@ be taken away, make the step save and leave; the worker then leaves with 42.
 """
 
 import argparse
+import http.client
 import os
 import signal
 import subprocess
@@ -20,9 +21,10 @@ from gsae_jax import paths
 from gsae_jax.errors import FAILED, PREEMPTED, UserError
 from launch import identity, logs, metadata
 
-# Of a step that crashes at each; a machine that was away begins to count anew.
+# Of a step that crashes soon after each; not of one whose neighbours were away.
 _STARTS = 20
-_PAUSE = 5.0  # Longer with each start.
+_SOON = 600.0  # JAX waits half of it for the others.
+_PAUSE = 5.0  # Longer with each crash.
 _NOTICES = 2.0  # A preempted machine has thirty.
 _TRAINER = 60.0
 _LAST_LOGS = 20.0
@@ -65,43 +67,57 @@ class Worker:
 
   def run(self) -> int:
     """Runs the steps; returns the exit code."""
+    about = self._about(self._given.role)
+    if about['state'] == 'failed' and about['step'] == 'startup':
+      self._say('another host failed')  # It does not come.
+      return FAILED
     for step in self._given.steps:
-      code = self._run_step(step)
-      if code:
+      if code := self._run_step(step):
         return code
-      if self._why == metadata.MAINTENANCE:
-        self._wait_for_maintenance()
-      if self._why and step != self._given.steps[-1]:
-        self.tell('preempted', step, self._why)
-        return PREEMPTED
     self.tell('finished', self._given.steps[-1])
     return 0
 
   def _run_step(self, step: str) -> int:
-    for start in range(1, _STARTS + 1):
+    crashes = 0
+    while True:
+      if self._why == metadata.MAINTENANCE:
+        self._wait_for_maintenance()
+      if self._why:
+        return self._stopped(step)
       self.tell('running', step)
-      code = self._start(step)
+      begun = time.monotonic()
+      try:
+        code = self._start(step)
+      except OSError as e:
+        return self._failed(step, f'it cannot be started ({e})')
       if code == 0:
         return 0
       self._say(f'{step} ended with {code}')
-      if self._why == metadata.MAINTENANCE:
-        self._wait_for_maintenance()
-        continue
-      if self._why == _TRAINER_FAILED:
-        self.tell('failed', step, self._why)
-        return FAILED
       if self._why:
-        self.tell('preempted', step, self._why)
-        return PREEMPTED
+        continue
       if code == FAILED:
-        self.tell('failed', step, 'its log says why')
-        return FAILED
+        return self._failed(step, 'its log says why')
+      if time.monotonic() - begun > _SOON:
+        crashes = 0
+      crashes += code != PREEMPTED
+      if crashes == _STARTS:
+        return self._failed(
+          step, f'it ended with {code} after {crashes} starts'
+        )
       # A neighbour is gone, most often, and comes back; unless it failed.
-      self._pause(_PAUSE * start)
+      self._pause(_PAUSE * max(crashes, 1))
       if self._is_failed(self._given.role):
         self._say(f'{step}: another host failed')
         return FAILED
-    self.tell('failed', step, f'it ended with {code} after {_STARTS} starts')
+
+  def _stopped(self, step: str) -> int:
+    if self._why == _TRAINER_FAILED:
+      return self._failed(step, self._why)
+    self.tell('preempted', step, self._why)
+    return PREEMPTED
+
+  def _failed(self, step: str, reason: str) -> int:
+    self.tell('failed', step, reason)
     return FAILED
 
   def _start(self, step: str) -> int:
@@ -132,12 +148,16 @@ class Worker:
     if self._why == metadata.MAINTENANCE:  # And no signal since.
       self._why = None
 
-  def _is_failed(self, role: str) -> bool:
+  def _about(self, role: str) -> dict:
+    """What was told of a role last."""
     try:
       about = identity.told(self._run).get(role)
     except Exception:  # The storage's; it is asked again.
-      return False
-    return about is not None and about['state'] in ('failed', 'deleted')
+      about = None
+    return about or {'state': None, 'step': None}
+
+  def _is_failed(self, role: str) -> bool:
+    return self._about(role)['state'] in ('failed', 'deleted')
 
   def trainer_failed(self) -> str | None:
     """For the evaluator: whether there is no more to come."""
@@ -148,6 +168,8 @@ class Worker:
     self._say(f'{step}: {state}' + (f', {reason}' if reason else ''))
     if not self.is_first and state != 'failed':
       return
+    if self._about(self._given.role)['state'] == 'deleted':
+      return  # Else `watch` would ask for machines again.
     try:
       identity.tell(self._run, self._given.role, state, step, reason)
     except Exception as e:  # The step is worth more than what is said of it.
@@ -209,7 +231,7 @@ def main(argv: list[str]) -> int:
     time.sleep(_LAST_LOGS)  # Of the other hosts.
     try:
       metadata.delete(given.queued_resource)
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
       print(
         f'cannot delete {given.queued_resource} ({e}), which costs until it is',
         file=sys.stderr,

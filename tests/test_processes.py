@@ -8,14 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import gsae_jax
+from gsae_jax import processes
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
+from gsae_jax.errors import UserError
 from tests.commands import files, metrics_of, refuse, run, start, wait_for
 from tests.conftest import ROOT
 
@@ -371,3 +375,30 @@ def test_two_processes_get_the_batches_of_one(smoke, tmp_path, settings):
           np.testing.assert_array_equal(found[key], want[step][first:last])
           seen[step, first:last] = True
     assert seen.all()
+
+
+@pytest.mark.parametrize(
+  'error, code',
+  [
+    (jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: Barrier timed out'), 42),
+    (RuntimeError('UNAVAILABLE: failed to connect\nmore'), 42),
+    (RuntimeError('distributed.initialize should only be called once'), 1),
+    (ValueError('coordinator_address should be defined'), 1),
+  ],
+)
+def test_others_that_do_not_come_in_time(monkeypatch, capsys, error, code):
+  def fail(**unused):
+    raise error
+
+  monkeypatch.setattr(jax.distributed, 'initialize', fail)
+  for name, value in (('COORDINATOR', 'auto'), ('PROCESSES', None)):
+    flag = SimpleNamespace(value=value)
+    monkeypatch.setattr(processes, f'_{name}', flag)
+  monkeypatch.setattr(processes, '_PROCESS', SimpleNamespace(value=None))
+  monkeypatch.setattr(os, '_exit', sys.exit)
+  with pytest.raises(SystemExit if code == 42 else UserError) as left:
+    processes.initialize()
+  if code == 42:
+    assert left.value.code == 42
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and 'same command goes on' in said

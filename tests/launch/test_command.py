@@ -107,6 +107,7 @@ def test_one_line_for_each_mistake(launch, tmp_path):
     '--store=store': "--store: 'store' is not in a bucket",
     '--steps=train,test': "--steps: 'test' is not one of harvest",
     '--env=NAME': "--env: 'NAME' is not NAME=VALUE",
+    '--env=NÄME=x': "--env: 'NÄME=x' is not NAME=VALUE",
     '--topologie=v5e:4x4': "Unknown command line flag 'topologie'",
     '--config=nowhere.py': 'nowhere.py',
     f'--config={config}': 'mine.py is not among the files that are sent',

@@ -137,3 +137,12 @@ def test_buckets_written_and_not_to_be_written():
   (line,) = done.stdout.splitlines()
   assert line.startswith('--run: cannot write to gs://nobody/a (')
   assert line.endswith('(gcloud auth application-default login)')
+
+
+def test_a_run_that_had_finished_is_not_told_as_deleted(tmp_path):
+  run = epath.Path(tmp_path)
+  identity.begin(run, identity.ROLES)
+  identity.tell(run, 'trainer', 'finished', 'train', None)
+  identity.tell_deleted(run, identity.ROLES)
+  states = [about['state'] for about in identity.told(run).values()]
+  assert states == ['finished', 'deleted']

@@ -1,5 +1,7 @@
 """What is kept of what a program prints."""
 
+import os
+
 from etils import epath
 
 from launch import logs
@@ -32,3 +34,15 @@ def test_the_newest_log_of_a_host(tmp_path):
     path.touch()
   assert logs.latest(run, '0-0') == run / 'logs/train/2.0-0.log'
   assert logs.latest(run, '0-2') is None
+
+
+def test_a_pipe_that_somebody_else_holds(tmp_path, capsysbinary, monkeypatch):
+  monkeypatch.setattr(logs, '_LAST', 0.5)
+  read, write = os.pipe()
+  os.write(write, b'all of it')
+  with open(read, 'rb') as pipe:
+    log = logs.Log(pipe, epath.Path(tmp_path) / 'b.log')
+    log.finish()
+    assert (tmp_path / 'b.log').read_bytes() == b'all of it'
+    os.close(write)
+    log.join()

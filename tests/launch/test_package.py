@@ -41,6 +41,10 @@ def test_the_tree_as_it_is(tree):
   clean = package.pack(tree)
   assert not clean.dirty and len(clean.commit) == 40
   (tree / 'ignored').write_text('secret')
+  assert package.pack(tree) == clean
+  (tree / 'new.py').touch()
+  assert package.pack(tree).dirty
+  (tree / 'new.py').unlink()
   (tree / 'gone.py').unlink()
   (tree / 'new dir').mkdir()
   (tree / 'new dir/run me.sh').write_text('x')

@@ -178,4 +178,9 @@ def test_what_goes_wrong_before_the_worker_is_in_the_run(host):
   (name,) = [n for n in host.gcs.objects['bucket'] if '/logs/startup/' in n]
   kept = host.gcs.objects['bucket'][name].data.decode()
   assert 'uv venv --allow-existing' in kept and kept == out
+  told = host.gcs.objects['bucket']['runs/run1/state/trainer.json'].data
+  told = json.loads(told)
+  assert told['state'] == 'failed' and told['step'] == 'startup'
+  assert told['reason'] == f'{name.partition("run1/")[2]} says why'
+  assert told.keys() == {'state', 'step', 'reason', 'time'}
   assert not (host.home / 'found').exists()

@@ -3,6 +3,7 @@
 import grpc
 import pytest
 from etils import epath
+from google.api_core.exceptions import RetryError
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import tpu_v2
 
@@ -115,7 +116,10 @@ class Pause:
     self._run, self._events = run, list(events)
 
   def __call__(self):
-    role, state = self._events.pop(0)
+    event = self._events.pop(0)
+    if callable(event):
+      return event()
+    role, state = event
     if role:
       identity.tell(self._run, role, state, 'train', 'its log says why')
 
@@ -185,3 +189,70 @@ def test_a_run_that_was_deleted_stays_away(tpu, cloud, tmp_path):
   identity.tell(run, 'trainer', 'deleted', None, None)
   follow(run, launch, cloud, Pause(run))
   assert len(tpu.requests) == 1
+
+
+@pytest.mark.parametrize('hours, most', [(None, 5), (2, 1)])
+def test_requests_that_were_to_wait_so_long_are_not_sent_again(
+  tpu, cloud, tmp_path, hours, most
+):
+  tpu.scripts = [(State.FAILED,)] * 9
+  request = queued.to_json(queued.build(spec(valid_hours=hours), 'run1', ''))
+  cloud.create(queued.from_json(request))
+  launch = {'keep': False, 'requests': {'trainer': request}}
+  run = epath.Path(tmp_path)
+  with pytest.raises(UserError, match='failed '):
+    follow(run, launch, cloud, Pause(run, *[(None, None)] * 9))
+  assert len(tpu.requests) == most
+
+
+def test_a_watch_outlives_what_fails_for_a_moment(
+  tpu, cloud, tmp_path, capsys, monkeypatch
+):
+  run, launch = launched(tmp_path, cloud, trainer='run1')
+
+  def gone(code=grpc.StatusCode.UNAVAILABLE):
+    tpu.refuse['GetQueuedResource'] = code, 'the network is gone'
+
+  def there_but_late():
+    tpu.refuse.clear()
+    monkeypatch.setattr(tpu.client, 'get_queued_resource', late)
+
+  def late(**unused):
+    monkeypatch.undo()
+    raise RetryError('timed out', None)
+
+  def no_bucket():
+    (tmp_path / 'state/trainer.json').unlink()
+    (tmp_path / 'state/trainer.json').mkdir()
+
+  def finish():
+    (tmp_path / 'state/trainer.json').rmdir()
+    identity.tell(run, 'trainer', 'finished', 'train', None)
+
+  nothing = (None, None)
+  events = gone, *[nothing] * 9, there_but_late, nothing, no_bucket, finish
+  follow(run, launch, cloud, Pause(run, *events))
+  said = capsys.readouterr().out
+  unavailable = 'refuses (ServiceUnavailable): the network is gone; asking'
+  assert said.count(unavailable) == said.count('asking again') - 2 == 1
+  assert 'refuses (RetryError): timed out; asking again' in said
+  assert 'cannot read' in said
+  assert len(tpu.requests) == 1
+
+
+@pytest.mark.parametrize(
+  'code, rounds',
+  [
+    (grpc.StatusCode.UNAVAILABLE, 19),
+    (grpc.StatusCode.PERMISSION_DENIED, 0),
+    (grpc.StatusCode.INVALID_ARGUMENT, 0),
+    (grpc.StatusCode.UNAUTHENTICATED, 0),
+  ],
+)
+def test_a_watch_gives_up(tpu, cloud, tmp_path, code, rounds):
+  run, launch = launched(tmp_path, cloud, trainer='run1')
+  tpu.refuse['GetQueuedResource'] = code, 'no'
+  pause = Pause(run, *[(None, None)] * 30)
+  with pytest.raises(UserError):
+    follow(run, launch, cloud, pause)
+  assert 30 - len(pause._events) == rounds

@@ -7,19 +7,23 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
+from launch import identity
 from tests.commands import wait_for
 from tests.conftest import ROOT
 from tests.launch.fake_metadata import fake_metadata
 
 # A worker whose steps run STEP instead of the programs of the package.
 WORKER = """
-import sys
+import os, sys
 from launch import worker
 worker.command = lambda given, step: [
-  sys.executable, '-u', '-c', sys.argv[1], step, given.run, *given.flags
+  os.environ.get('PROGRAM', sys.executable), '-u', '-c', sys.argv[1], step,
+  given.run, *given.flags,
 ]
 worker._STARTS, worker._PAUSE, worker._LAST_LOGS = 3, 0, 0
+worker._SOON = float(os.environ.get('SOON', '60'))
 worker._NOTICES = worker._TRAINER = 0.02
 sys.exit(worker.main(sys.argv[2:]))
 """
@@ -55,7 +59,7 @@ class Run:
     for step, ends in steps.items():
       (folder / step).write_text(ends)
 
-  def start(self, *flags, host=0, role='trainer', metadata=None):
+  def start(self, *flags, host=0, role='trainer', metadata=None, **env):
     environment = metadata.environment if metadata else {}
     where = [f'--host={host}'] if host is not None else []
     return subprocess.Popen(
@@ -64,7 +68,7 @@ class Run:
         f'--role={role}', f'--steps={",".join(self.steps)}', *where, *flags,
       ],
       cwd=ROOT,
-      env=os.environ | environment,
+      env=os.environ | environment | env,
       text=True,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -131,10 +135,13 @@ def test_what_is_no_mistake_is_tried_again_but_not_for_ever(tmp_path):
   code, _, err = end(run.start())
   assert code == 0 and run.order() == ['harvest'] * 3 + ['train']
   assert 'harvest ended with 42\n' in err and 'ended with -9\n' in err
-  again = Run(tmp_path, train='42 42 42 0')
+  again = Run(tmp_path, train='killed 42 42 7 42 7 0')
   assert end(again.start())[0] == 1
-  assert again.state()['reason'] == 'it ended with 42 after 3 starts'
+  assert again.state()['reason'] == 'it ended with 7 after 3 starts'
   assert (tmp_path / 'train').read_text() == '0'
+  # Each of them ran long enough to have come further.
+  longer = Run(tmp_path, train='7 7 7 7 0')
+  assert end(longer.start(SOON='0'))[0] == 0
 
 
 def test_a_host_that_fails_ends_the_others(tmp_path):
@@ -146,6 +153,32 @@ def test_a_host_that_fails_ends_the_others(tmp_path):
   code, _, err = end(run.start(host=2))
   assert code == 1 and 'another host failed' in err
   assert (tmp_path / 'train').read_text() == '0'
+
+
+def test_a_host_that_never_began_ends_the_others(tmp_path):
+  run = Run(tmp_path, train='0')
+  (tmp_path / 'state').mkdir()
+  told = {'state': 'failed', 'step': 'startup'}
+  (tmp_path / 'state/trainer.json').write_text(json.dumps(told))
+  assert end(run.start())[0] == 1
+  assert run.order() == [] and run.state() == told
+
+
+def test_a_program_that_is_not_there(tmp_path):
+  run = Run(tmp_path, train='0')
+  code, _, err = end(run.start(PROGRAM='/nowhere/python'))
+  assert code == 1 and run.state()['state'] == 'failed', err
+  assert 'cannot be started' in run.state()['reason']
+
+
+def test_a_run_that_was_deleted_stays_so(tmp_path):
+  run = Run(tmp_path, train='waits')
+  process = run.start()
+  wait_for(run.order, process)
+  identity.tell_deleted(epath.Path(tmp_path), ('trainer',))
+  process.send_signal(signal.SIGTERM)
+  assert end(process)[0] == 42
+  assert run.state()['state'] == 'deleted'
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -190,6 +223,21 @@ def test_maintenance_is_waited_for(tmp_path):
     code, _, err = end(process)
   assert code == 0 and run.order() == ['train'] * 2, err
   assert 'waiting until the maintenance is over' in err
+
+
+def test_no_step_begins_on_a_machine_that_goes_for_good(tmp_path):
+  run = Run(tmp_path, train='waits 0')
+  with fake_metadata() as metadata:
+    event = 'instance/maintenance-event'
+    process = run.start('--notices', metadata=metadata)
+    wait_for(run.order, process)
+    metadata.values[event] = 'TERMINATE_ON_HOST_MAINTENANCE'
+    first = len(metadata.asked)
+    wait_for(lambda: metadata.asked[first:].count(event) > 20, process)
+    metadata.values['instance/preempted'] = 'TRUE'
+    code, _, err = end(process)
+  assert code == 42 and run.order() == ['train'], err
+  assert run.state()['reason'] == 'the machine is being preempted'
 
 
 QUEUED = 'projects/p/locations/z/queuedResources/run1'
