@@ -30,11 +30,14 @@ stack() { # name, Python version, constraints...
   "$venv/bin/python" -m pip install -q --upgrade pip
   "$venv/bin/python" -m pip install -q -e '.[test]' "$@"
   echo "stack $name: $("$venv/bin/python" -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)')"
-  "$venv/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile -m 'not slow' \
-    tests/sae tests/training tests/lm/test_golden.py tests/lm/test_transformer.py \
-    tests/lm/test_weights.py tests/activations/test_loader.py \
-    tests/activations/test_source.py tests/evaluation/test_passes.py \
-    tests/test_restore.py tests/test_processes.py tests/test_notebooks.py \
+  "$venv/bin/python" -m pytest -q -m 'not slow' \
+    tests/sae tests/training/test_groups.py tests/training/test_sparse.py \
+    tests/training/test_step.py tests/lm/test_golden.py \
+    tests/test_restore.py tests/test_notebooks.py \
+    tests/training/test_checkpoints.py::test_resumed_equals_uninterrupted_to_the_bit \
+    tests/training/test_checkpoints.py::test_resumes_on_another_mesh \
+    tests/test_processes.py::test_two_processes_write_the_store_of_one \
+    tests/test_processes.py::test_two_processes_evaluate_as_one \
     tests/test_programs.py::test_the_four_commands_leave_what_the_contract_says
 }
 
