@@ -1,7 +1,7 @@
 """What a step does with some features at a time, and keeps of it.
 
-Gradients of weights go at once to where they are used. Features come first here: `z_FB`. T is features of a part, U the rows of a batch that
-it looks at.
+Gradients of weights go at once to where they are used. Features come first here:
+`z_FB`. T is features of a part, U the rows of a batch that it looks at.
 """
 
 import dataclasses
@@ -129,10 +129,7 @@ class Walk(NamedTuple):
 
 
 def block_size(features: int) -> int:
-  """How many are taken at a time where all are, so that they fit a cache.
-
-  A CPU's products are then 1.2 times as fast, too.
-  """
+  """How many are taken at a time where all are, so that they fit a cache."""
   return _BLOCK if features % _BLOCK == 0 else features
 
 

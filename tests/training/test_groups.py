@@ -215,6 +215,6 @@ def test_taking_a_member_out_of_its_stack_spreads_it(store):
 
 @pytest.mark.parametrize('way', ['dense', 'blocked'])
 def test_a_step_costs_seven_matrix_products_and_a_pass_over_parameters(way):
-  B, D, F = 1024, 128, 512  # One block, since the analysis counts a loop once.
+  B, D, F = 1024, 512, 512  # One block, since the analysis counts a loop once.
   flops = compiled(mesh_of(), B=B, D=D, F=F, way=way).cost_analysis()['flops']
-  assert 7 <= flops / (2 * B * D * F) <= 7.3
+  assert 7 <= flops / (2 * B * D * F) <= 7.1
