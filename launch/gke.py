@@ -66,8 +66,7 @@ def submit() -> None:
       date=date,
       environment=environment,
     )
-    name = f'{run.name}-eval' if role == 'evaluator' else run.name
-    manifests.append(jobset.manifest(spec, name, script))
+    manifests.append(jobset.manifest(spec, run.name_of(role), script))
   text = kubectl.to_yaml(manifests)
   if dry:
     print(text)

@@ -36,6 +36,10 @@ class Submission:
   def name(self) -> str:
     return self.run.name
 
+  def name_of(self, role: str) -> str:
+    """What the machines of a role are called."""
+    return f'{self.name}-eval' if role == 'evaluator' else self.name
+
   def steps_of(self, role: str, *, apart: bool) -> tuple[str, ...]:
     """What a role does; `apart` is whether evaluation is another's."""
     if role == 'evaluator':

@@ -60,7 +60,7 @@ def submit() -> None:
   date = identity.now() if dry else date_of_packages(run.run)
   requests = {}
   for role, spec in roles.items():
-    name = f'{run.name}-eval' if role == 'evaluator' else run.name
+    name = run.name_of(role)
     script = startup_script(
       run,
       role,

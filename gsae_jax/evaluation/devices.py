@@ -19,7 +19,7 @@ from gsae_jax.sae.layers import Dictionary
 AXIS = 'data'
 
 # Of a device's memory, for parameters of SAEs that are evaluated together.
-_SHARE = 0.25
+SHARE = 0.25
 
 # 128 MiB.
 _LOGITS = 2**25
@@ -120,7 +120,7 @@ class Devices:
   def groups(self, saes: dict[str, tuple]) -> list[dict[str, tuple]]:
     """SAEs in order, so many together as devices have room for."""
     stats = self.layout.mesh.local_devices[0].memory_stats()
-    limit = _SHARE * stats['bytes_limit'] if stats else np.inf
+    limit = SHARE * stats['bytes_limit'] if stats else np.inf
     groups, held = [], 0
     for name, sae in saes.items():
       size = sum(self._bytes(k, v) for k, v in sae[2].items())

@@ -23,7 +23,7 @@ LAYOUTS = ('auto', 'replicated', 'tensor', 'fully_sharded')
 
 # Of a device's memory, for the parameters of a model that each device holds; the
 # rest is for what it computes.
-_SHARE = 0.6
+SHARE = 0.6
 
 # The axis of each matrix that is divided over 'model'; what it stands for.
 _DIVIDED = {
@@ -140,7 +140,7 @@ def make_layout(
   if kind == 'auto':
     kind = 'replicated'
     stats = devices[0].memory_stats()
-    if stats and size > _SHARE * stats['bytes_limit']:
+    if stats and size > SHARE * stats['bytes_limit']:
       kind = 'fully_sharded'
   if kind == 'replicated':
     model = 1

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,53 @@ def is_below(path: str, blocks: int) -> bool:
   return top in ('W_E', 'W_pos')
 
 
+class Architecture(NamedTuple):
+  """What a model's config.json says.
+
+  Attributes:
+    raw: the file.
+    family: of `lm.families`.
+    module: the Flax module.
+    shapes: of all parameters, by path.
+  """
+
+  raw: dict[str, Any]
+  family: ModuleType
+  module: Transformer
+  shapes: dict[str, tuple[int, ...]]
+
+
+def read_architecture(folder: str) -> Architecture:
+  """What the config.json of a folder says; no weights are needed.
+
+  Raises:
+    UserError: it is of an unknown family, or a field is missing or wrong.
+  """
+  file = os.path.join(folder, 'config.json')
+  raw = read_json(file)
+  if raw.get('quantization_config'):
+    raise UserError(
+      f'lm.path: {file} has a quantization_config; give the model in float32, '
+      'float16 or bfloat16'
+    )
+  family = FAMILIES.get(raw.get('model_type'))
+  if family is None:
+    raise UserError(
+      f'lm.path: {file} has model_type {raw.get("model_type")!r}; supported are '
+      f'{", ".join(sorted(FAMILIES))}'
+    )
+  try:
+    module = Transformer(family.config(raw))
+    return Architecture(raw, family, module, parameter_shapes(module))
+  except UserError:
+    raise
+  except KeyError as e:
+    raise UserError(f'lm.path: {file} has no {e}') from e
+  except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+    reason = str(e).splitlines()[0]
+    raise UserError(f'lm.path: {file}: {reason}') from e
+
+
 def load_language_model(
   path: str, *, revision: str | None, dtype: str
 ) -> LanguageModel:
@@ -140,29 +187,8 @@ def load_language_model(
     UserError: a file is missing, truncated or of an unknown family; a tensor
       is missing, unexpected or misshapen.
   """
-  folder = _folder(path, revision)
-  raw = read_json(os.path.join(folder, 'config.json'))
-  if raw.get('quantization_config'):
-    raise UserError(
-      f'lm.path: {folder}/config.json has a quantization_config; give the model '
-      'in float32, float16 or bfloat16'
-    )
-  family = FAMILIES.get(raw.get('model_type'))
-  if family is None:
-    raise UserError(
-      f'lm.path: {folder}/config.json has model_type '
-      f'{raw.get("model_type")!r}; supported are {", ".join(sorted(FAMILIES))}'
-    )
-  try:
-    module = Transformer(family.config(raw))
-    shapes = parameter_shapes(module)
-  except UserError:
-    raise
-  except KeyError as e:
-    raise UserError(f'lm.path: {folder}/config.json has no {e}') from e
-  except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
-    reason = str(e).splitlines()[0]
-    raise UserError(f'lm.path: {folder}/config.json: {reason}') from e
+  folder = find_folder(path, revision)
+  raw, family, module, shapes = read_architecture(folder)
   found, files = tensors_lib.find(folder)
   sources = _match(family, module, shapes, found, folder)
   tokenizer = Tokenizer(folder, module.config.vocabulary)
@@ -179,7 +205,23 @@ def load_language_model(
   )
 
 
-def _folder(path: str, revision: str | None) -> str:
+# Of a model on the hub, what is needed to run it.
+_FILES = ('*.json', 'model*.safetensors')
+
+
+def find_folder(
+  path: str, revision: str | None, files: tuple[str, ...] = _FILES
+) -> str:
+  """Where a model is on this machine.
+
+  Args:
+    path: a Hugging Face folder, a hub id such as 'org/name', or 'embedded'.
+    revision: branch, tag or commit of a hub id.
+    files: patterns of what is downloaded of a hub id.
+
+  Raises:
+    UserError: there is none.
+  """
   if path == 'embedded':
     return str(importlib.resources.files('gsae_jax.lm') / 'embedded')
   folder = os.path.expanduser(path)
@@ -193,7 +235,7 @@ def _folder(path: str, revision: str | None) -> str:
     return huggingface_hub.snapshot_download(
       path,
       revision=revision,
-      allow_patterns=['*.json', 'model*.safetensors'],
+      allow_patterns=list(files),
       ignore_patterns=['*/*'],
     )
   except Exception as e:  # A dozen network and hub errors, all the same here.

@@ -16,71 +16,16 @@ import jax.numpy as jnp
 from gsae_jax.sae.layers import product
 from gsae_jax.sae.tiles import ROWS
 from gsae_jax.training import features
-from gsae_jax.training.features import All, Batch, Carry, Sums, Write
+from gsae_jax.training.features import All, Batch, Carry, Forward, Walk
 
 
-def blocked_pass(
-  module: nn.Module,
-  params: dict[str, jax.Array],
-  x_BD: jax.Array,
-  l1: jax.Array,
-  error_scale: jax.Array,
-  write: Write,
-  carry: Carry,
-  batch_size: int,
-) -> tuple[Sums, dict[str, jax.Array], jax.Array, Carry]:
-  """As `sparse.sparse_pass`; every row is written."""
-  b_dec_D = params['b_dec']
-  centred_BD = x_BD - b_dec_D
-  decoded, penalised, (z_nTB, unions_niT) = _forward(module, params, centred_BD)
-  sums, back = features.cotangents(
-    decoded, penalised, x_BD, b_dec_D, error_scale, batch_size
-  )
-  batch = Batch(module, centred_BD, back, l1 / batch_size, write)
-  # Turned once, and not by every product.
-  both_DB = jax.lax.optimization_barrier(jnp.concatenate(back).T)
-
-  def body(walk, block):
-    z_TB, params, others, fired_T = block
-    carry = Carry(params, others, walk.carry)
-    walk = walk._replace(carry=carry, fired_F=fired_T)
-    own = features.read(module, carry, All())
-    both_TB = product(own['W_dec'], both_DB, module.precision)
-    seen = jnp.split(both_TB, len(back), 1)
-    found = features.gradients(
-      batch, z_TB, None, centred_BD, back[0], seen, own
-    )
-    walk = features.step_on(walk, All(), batch, own, found)
-    carry, fired_T = walk.carry, walk.fired_F
-    walk = walk._replace(carry=carry.sums, fired_F=None)
-    return walk, (carry.params, carry.others, fired_T)
-
-  walk = features.start(carry)
-  blocks = _split((carry.params, carry.others, walk.fired_F), len(z_nTB))
-  walk, blocks = jax.lax.scan(
-    body, walk._replace(carry=carry.sums, fired_F=None), (z_nTB, *blocks)
-  )
-  params, others, fired_F = jax.tree.map(
-    lambda a: a.reshape(-1, *a.shape[2:]), blocks
-  )
-  walk = walk._replace(carry=Carry(params, others, walk.carry), fired_F=fired_F)
-  return features.finish(walk, sums, unions_niT, back[0])
-
-
-def _split(tree: Any, parts: int) -> Any:
-  """Arrays `[F, ...]` as `[parts, F / parts, ...]`."""
-  return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), tree)
-
-
-def _forward(module: nn.Module, params, centred_BD):
-  """What each code decodes to, the last one's sum, and of blocks: `z`, unions."""
+def forward(module: nn.Module, params, centred_BD) -> Forward:
+  """Encodes and decodes block by block; keeps `z` of each, features first."""
   (encoder,) = module.encoders
   F, D = params['W_dec'].shape
   B, T = len(centred_BD), features.block_size(F)
   names = (encoder, 'W_dec', *module.vectors)
-  blocks = {
-    k: params[k].reshape(F // T, T, *params[k].shape[1:]) for k in names
-  }
+  blocks = _split({k: params[k] for k in names}, F // T)
 
   def body(state, block):
     decoded, penalised = state
@@ -96,5 +41,39 @@ def _forward(module: nn.Module, params, centred_BD):
 
   count = len(module.codes(jnp.zeros(()), dict.fromkeys(module.vectors, 0.0)))
   start = jnp.zeros((count * B, D)), jnp.zeros(())
-  (decoded, penalised), kept = jax.lax.scan(body, start, blocks)
-  return jnp.split(decoded, count), penalised, kept
+  (decoded, penalised), (z_nTB, unions) = jax.lax.scan(body, start, blocks)
+  return Forward(jnp.split(decoded, count), penalised, unions, z_nTB)
+
+
+def backward(batch: Batch, carry: Carry, found: Forward) -> Walk:
+  """Through all features, block by block."""
+  module, x_BD, back = batch.module, batch.x_BD, batch.back
+  # Turned once, and not by every product.
+  both_DB = jax.lax.optimization_barrier(jnp.concatenate(back).T)
+
+  def body(walk, block):
+    z_TB, params, others, fired_T = block
+    carry = Carry(params, others, walk.carry)
+    walk = walk._replace(carry=carry, fired_F=fired_T)
+    own = features.read(module, carry, All())
+    both_TB = product(own['W_dec'], both_DB, module.precision)
+    seen = jnp.split(both_TB, len(back), 1)
+    grads = features.gradients(batch, z_TB, None, x_BD, back[0], seen, own)
+    walk = features.step_on(walk, All(), batch, own, grads)
+    carry, fired_T = walk.carry, walk.fired_F
+    walk = walk._replace(carry=carry.sums, fired_F=None)
+    return walk, (carry.params, carry.others, fired_T)
+
+  walk = features.start(carry)
+  blocks = _split((carry.params, carry.others, walk.fired_F), len(found.kept))
+  walk = walk._replace(carry=carry.sums, fired_F=None)
+  walk, blocks = jax.lax.scan(body, walk, (found.kept, *blocks))
+  params, others, fired_F = jax.tree.map(
+    lambda a: a.reshape(-1, *a.shape[2:]), blocks
+  )
+  return walk._replace(carry=Carry(params, others, walk.carry), fired_F=fired_F)
+
+
+def _split(tree: Any, parts: int) -> Any:
+  """Arrays `[F, ...]` as `[parts, F / parts, ...]`."""
+  return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), tree)

@@ -16,6 +16,7 @@ from gsae_jax.sae.layers import product
 from gsae_jax.sae.tiles import put_rows, take
 
 _BLOCK = 512
+_DEVICES = 'data', 'model'  # Of a mesh, those of one SAE.
 
 
 class Sums(NamedTuple):
@@ -200,64 +201,84 @@ def step_on(walk: Walk, at: At, batch: Batch, params, found) -> Walk:
   )
 
 
-def cotangents(
-  decoded: list[jax.Array],
-  penalised: jax.Array,
+class Forward(NamedTuple):
+  """What a forward pass finds on a device.
+
+  Attributes:
+    decoded: what each code decodes to, `[B, D]` without bias.
+    penalised: the sum of the last code.
+    unions: of each tile of rows, whether each feature is open.
+    kept: what the way back needs.
+  """
+
+  decoded: list[jax.Array]
+  penalised: jax.Array
+  unions: jax.Array
+  kept: jax.Array
+
+
+def there_and_back(
+  forward: Callable[..., Forward],
+  backward: Callable[[Batch, Carry, Forward], Walk],
+  carry: Carry,
   x_BD: jax.Array,
   b_dec_D: jax.Array,
+  *,
+  module: nn.Module,
+  l1: jax.Array,
   error_scale: jax.Array,
   batch_size: int,
-) -> tuple[Sums, list[jax.Array]]:
-  """Sums but for `open_share`, and the cotangents of what is decoded.
+  write: Write,
+) -> tuple[Sums, dict[str, jax.Array], jax.Array, Carry]:
+  """Everything of a step, on one device of a mesh ('data', 'model').
 
   Args:
-    decoded: what each code decodes to on this device, `[B, D]` without bias.
-    penalised: the sum of the last code here.
+    forward: of module, parameters and rows without `b_dec`.
+    backward: through all features, or those that matter.
+    carry: handed through `write`. With several devices along 'data', what is
+      written is of this device's rows alone.
     x_BD: this device's rows, scaled.
     b_dec_D: the bias.
+    module: the architecture.
+    l1: coefficient of the sparsity term.
     error_scale: of the squared errors.
     batch_size: B of the whole batch.
+    write: what becomes of gradients.
+
+  Returns:
+    sums; `fired`, int32 `[F]`, and `norm_error`, of the decoder's rows that were
+    written; the gradient of `b_dec`; the carry.
   """
-  decoded = jax.lax.psum(decoded, 'model')
+  centred_BD = x_BD - b_dec_D
+  found = forward(module, carry.params, centred_BD)
+  sums, back = _errors(found, x_BD, b_dec_D, error_scale, batch_size)
+  batch = Batch(module, centred_BD, back, l1 / batch_size, write)
+  walk = backward(batch, carry, found)
+  d_b_dec_D = jax.lax.psum(jnp.sum(back[0], 0), 'data')
+  d_b_dec_D -= jax.lax.psum(walk.pulled_D, _DEVICES)
+  about = {
+    'fired': jax.lax.psum(walk.fired_F, 'data'),
+    'norm_error': jax.lax.pmax(walk.norm_error, _DEVICES),
+  }
+  return sums, about, d_b_dec_D, walk.carry
+
+
+def _errors(found: Forward, x_BD, b_dec_D, error_scale, batch_size: int):
+  """Sums, and the cotangents of what is decoded."""
+  decoded = jax.lax.psum(found.decoded, 'model')
   errors = [d_BD + b_dec_D - x_BD for d_BD in decoded]
   x_hat_BD = decoded[0] + b_dec_D
   squares = jnp.stack([jnp.sum(e_BD**2) for e_BD in errors])
   over_rows = jax.lax.psum(
     (squares, jnp.sum(x_hat_BD**2), jnp.sum(x_hat_BD * x_BD)), 'data'
   )
+  share = jnp.sum(found.unions, dtype=jnp.int32) / found.unions.size
   sums = Sums(
     reconstruction=over_rows[0][0],
     auxiliary=jnp.sum(over_rows[0][1:]),
-    sparsity=jax.lax.psum(penalised, ('data', 'model')),
+    sparsity=jax.lax.psum(found.penalised, _DEVICES),
     x_hat_squared=over_rows[1],
     dot=over_rows[2],
-    open_share=jnp.ones(()),
+    open_share=jax.lax.pmean(share, _DEVICES),
   )
   return sums, [(2 * error_scale / batch_size) * e_BD for e_BD in errors]
-
-
-def finish(
-  walk: Walk, sums: Sums, unions_: jax.Array, back_BD: jax.Array
-) -> tuple[Sums, dict[str, jax.Array], jax.Array, Carry]:
-  """What a pass returns, on every device.
-
-  Args:
-    walk: behind the last features.
-    sums: of `cotangents`.
-    unions_: of a tile of rows, whether each feature is open.
-    back_BD: the cotangent of the reconstruction.
-
-  Returns:
-    sums; `fired`, int32 `[F]`, and `norm_error`; the gradient of `b_dec`; the
-    carry.
-  """
-  both = 'data', 'model'
-  share = jnp.sum(unions_, dtype=jnp.int32) / unions_.size
-  sums = sums._replace(open_share=jax.lax.pmean(share, both))
-  d_b_dec_D = jax.lax.psum(jnp.sum(back_BD, 0), 'data')
-  d_b_dec_D -= jax.lax.psum(walk.pulled_D, both)
-  about = {
-    'fired': jax.lax.psum(walk.fired_F, 'data'),
-    'norm_error': jax.lax.pmax(walk.norm_error, both),
-  }
-  return sums, about, d_b_dec_D, walk.carry

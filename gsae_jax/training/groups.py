@@ -210,7 +210,7 @@ def make_groups(
     check_site(store, config.site, config.name)
     member = make_member(config, settings, store.sites[config.site], seed)
     by_module.setdefault(member.module, []).append(member)
-  _check_sizes(by_module, settings, mesh)
+  check_sizes(by_module, settings, mesh)
   recipe = make_recipe(settings)
   groups = []
   for module, members in by_module.items():
@@ -227,7 +227,14 @@ def make_groups(
   return groups
 
 
-def _check_sizes(by_module, settings, mesh) -> None:
+def check_sizes(
+  by_module: dict[nn.Module, list[Member]], settings: TrainConfig, mesh: Mesh
+) -> None:
+  """Whether the mesh divides batches, features and members.
+
+  Raises:
+    UserError: names the size that it does not.
+  """
   sae, data, model = (mesh.shape[k] for k in ('sae', 'data', 'model'))
   if settings.batch_size % (data * settings.microbatches):
     raise UserError(

@@ -14,15 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gsae_jax.training.blocked import blocked_pass
-from gsae_jax.training.dense import (
-  Found,
-  Inputs,
-  Recipe,
-  accumulated,
-  moved,
-)
-from gsae_jax.training.features import Carry, Sums
+from gsae_jax.training import blocked, sparse
+from gsae_jax.training.dense import Found, Inputs, Recipe, accumulated, moved
+from gsae_jax.training.features import Carry, Sums, there_and_back
 from gsae_jax.training.optimizer import (
   Moments,
   direction,
@@ -32,7 +26,6 @@ from gsae_jax.training.optimizer import (
   touches_every_row,
   unit_rows,
 )
-from gsae_jax.training.sparse import sparse_pass
 from gsae_jax.training.state import SPECS, MemberState
 
 _INPUTS = Inputs(P('data'), P(), P(), P())
@@ -114,10 +107,22 @@ def whole_gradients(
   return run(params, inputs)
 
 
-def _pass(way: str, every_row: jax.Array):
-  if way == 'blocked':
-    return blocked_pass
-  return functools.partial(sparse_pass, every_row=every_row)
+def _pass(way: str, inputs: Inputs, every_row: jax.Array):
+  """`there_and_back`, of all features or of those that are open."""
+  forward, backward = {
+    'blocked': (blocked.forward, blocked.backward),
+    'sparse': (
+      sparse.forward,
+      functools.partial(sparse.backward, every_row=every_row),
+    ),
+  }[way]
+  return functools.partial(
+    there_and_back,
+    forward,
+    backward,
+    l1=inputs.l1,
+    error_scale=inputs.error_scale,
+  )
 
 
 def _gradients(
@@ -133,9 +138,9 @@ def _gradients(
     return carry._replace(others=put)
 
   def of(x_BD):
-    sums, about, d_b_dec_D, (_, grads, _) = _pass(way, jnp.bool_(False))(
-      module, params, x_BD, inputs.l1, inputs.error_scale, write, carry,
-      batch_size,
+    sums, about, d_b_dec_D, (_, grads, _) = _pass(way, inputs, jnp.bool_(False))(
+      carry, x_BD, params['b_dec'],
+      module=module, batch_size=batch_size, write=write,
     )  # fmt: skip
     shares = sums.open_share / parts
     sums = sums._replace(open_share=shares)
@@ -172,10 +177,10 @@ def _moving_rows(params, opt_state: Moments, inputs: Inputs, *, module, way):
     return Carry(params, nu, total)
 
   start = Carry(params, nu, dict.fromkeys(params, jnp.zeros(())))
-  run = _pass(way, touches_every_row(opt_state.count))
+  run = _pass(way, inputs, touches_every_row(opt_state.count))
   sums, about, g_D, (new, new_nu, total) = run(
-    module, params | {'b_dec': b_dec_D}, inputs.x_BD, inputs.l1,
-    inputs.error_scale, write, start, len(inputs.x_BD),
+    start, inputs.x_BD, b_dec_D,
+    module=module, batch_size=len(inputs.x_BD), write=write,
   )  # fmt: skip
   step_D, new_nu['b_dec'] = direction(g_D, nu_D, now)
   new['b_dec'] = b_dec_D - rate * step_D

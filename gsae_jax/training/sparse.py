@@ -32,7 +32,7 @@ from gsae_jax.sae.tiles import (
   which,
 )
 from gsae_jax.training import features
-from gsae_jax.training.features import Batch, Carry, Some, Sums, Write
+from gsae_jax.training.features import Batch, Carry, Forward, Some, Walk
 
 FEATURES = 16  # Of a tile, as `tiles.ROWS`.
 
@@ -133,59 +133,33 @@ def _on_open_rows(batch: Batch):
   return run
 
 
-def sparse_pass(
-  module: nn.Module,
-  params: dict[str, jax.Array],
-  x_BD: jax.Array,
-  l1: jax.Array,
-  error_scale: jax.Array,
-  write: Write,
-  carry: Carry,
-  batch_size: int,
-  *,
-  every_row: jax.Array,
-) -> tuple[Sums, dict[str, jax.Array], jax.Array, Carry]:
-  """Everything of a step, on one device of a mesh ('data', 'model').
+def forward(module: nn.Module, params, centred_BD) -> Forward:
+  """Encodes densely, and decodes by tiles of rows."""
+  z_FB, unions = _encode(module, params, centred_BD)
+  return Forward(*_decode(module, params, z_FB, unions), unions, z_FB)
+
+
+def backward(
+  batch: Batch, carry: Carry, found: Forward, *, every_row: jax.Array
+) -> Walk:
+  """Through features that are open anywhere in the batch.
 
   Args:
-    module: the architecture.
-    params: this device's, as they lie in training.
-    x_BD: its rows, scaled.
-    l1: coefficient of the sparsity term.
-    error_scale: of the squared errors.
-    write: what becomes of gradients.
-    carry: handed through `write`. With several devices along 'data', what is
-      written is of this device's rows alone.
-    batch_size: B of the whole batch.
+    batch: see `features.Batch`.
+    carry: see `features.Carry`.
+    found: of `forward`.
     every_row: also features that are shut are written, with gradients of 0.
-
-  Returns:
-    sums; `fired`, int32 `[F]`, and `norm_error`, of the decoder's rows that were
-    written; the gradient of `b_dec`; the carry.
   """
-  b_dec_D = params['b_dec']
-  centred_BD = x_BD - b_dec_D
-  z_FB, unions = _encode(module, params, centred_BD)
-  decoded, penalised = _decode(module, params, z_FB, unions)
-  sums, back = features.cotangents(
-    decoded, penalised, x_BD, b_dec_D, error_scale, batch_size
-  )
-  batch = Batch(module, centred_BD, back, l1 / batch_size, write)
-
-  touched_F = jnp.any(unions, 0) | every_row
+  touched_F = jnp.any(found.unions, 0) | every_row
   count = jnp.sum(touched_F, dtype=jnp.int32)
-  F = len(touched_F)
-  order = compact(touched_F, F + FEATURES)
+  order = compact(touched_F, len(touched_F) + FEATURES)
   run = _on_open_rows(batch)
 
   def body(i, walk):
     ids = jax.lax.dynamic_slice_in_dim(order, i * FEATURES, FEATURES)
     at = Some(ids, i * FEATURES + jnp.arange(FEATURES) < count)
-    own = features.read(module, walk.carry, at)
-    found = run(at.take(z_FB), own)
-    return features.step_on(walk, at, batch, own, found)
+    own = features.read(batch.module, walk.carry, at)
+    return features.step_on(walk, at, batch, own, run(at.take(found.kept), own))
 
-  walk = features.start(carry)
   tiles = (count + FEATURES - 1) // FEATURES
-  walk = jax.lax.fori_loop(0, tiles, body, walk)
-  return features.finish(walk, sums, unions, back[0])
+  return jax.lax.fori_loop(0, tiles, body, features.start(carry))

@@ -116,7 +116,7 @@ class Evaluation:
       for (sae, _), members in self._saes.items()
       for _ in members
     ]
-    room = devices_lib._SHARE * self._machine.chip.usable
+    room = devices_lib.SHARE * self._machine.chip.usable
     held = np.cumsum(sizes)
     return max(1, int(np.sum(held <= room)))
 

@@ -2,18 +2,13 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterable
 
-import huggingface_hub
 import jax.numpy as jnp
 
 from gsae_jax.config_inputs import LMConfig
-from gsae_jax.errors import UserError
 from gsae_jax.lm import layouts, weights
-from gsae_jax.lm.families import FAMILIES
 from gsae_jax.lm.layouts import Layout, make_layout
-from gsae_jax.lm.tokenizer import read_json
 from gsae_jax.lm.transformer import Transformer
 from launch.preflight.topology import Machine, abstract, devices
 
@@ -68,42 +63,10 @@ def read_model(config: LMConfig) -> Model:
   Raises:
     UserError: there is none, or it is of no family that is supported.
   """
-  where = _config_json(config)
-  raw = read_json(where)
-  family = FAMILIES.get(raw.get('model_type'))
-  if family is None:
-    raise UserError(
-      f'lm.path: {where} has model_type {raw.get("model_type")!r}; supported '
-      f'are {", ".join(sorted(FAMILIES))}'
-    )
-  try:
-    module = Transformer(family.config(raw))
-    shapes = weights.parameter_shapes(module)
-  except UserError:
-    raise
-  except (
-    KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError
-  ) as e:  # fmt: skip
-    reason = f'no {e}' if isinstance(e, KeyError) else str(e).splitlines()[0]
-    raise UserError(f'lm.path: {where}: {reason}') from e
-  return Model(module, shapes, jnp.dtype(weights.DTYPES[config.dtype]))
-
-
-def _config_json(config: LMConfig) -> str:
-  path = config.path
-  there = path == 'embedded' or os.path.isdir(os.path.expanduser(path))
-  if there or path.count('/') > 1 or path.startswith(('.', '/', '~')):
-    return os.path.join(weights._folder(path, None), 'config.json')
-  try:
-    return huggingface_hub.hf_hub_download(
-      path, 'config.json', revision=config.revision
-    )
-  except Exception as e:  # A dozen network and hub errors, all the same here.
-    raise UserError(
-      f'lm.path: {path!r} is neither a folder nor could its config.json '
-      f'be downloaded ({type(e).__name__}); put that file alone into a folder '
-      'and give the folder'
-    ) from e
+  folder = weights.find_folder(config.path, config.revision, ('config.json',))
+  found = weights.read_architecture(folder)
+  dtype = jnp.dtype(weights.DTYPES[config.dtype])
+  return Model(found.module, found.shapes, dtype)
 
 
 def layout_of(kind: str, model: Model, machine: Machine, axis: int) -> Layout:
@@ -116,7 +79,7 @@ def layout_of(kind: str, model: Model, machine: Machine, axis: int) -> Layout:
     axis: mesh.model.
   """
   if kind == 'auto':
-    room = layouts._SHARE * machine.chip.usable
+    room = layouts.SHARE * machine.chip.usable
     kind = 'fully_sharded' if model.bytes > room else 'replicated'
   return make_layout(
     kind, model.module.config, model.bytes, devices(machine), axis

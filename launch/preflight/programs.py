@@ -69,7 +69,7 @@ def groups(config: Config, widths: dict[str, int], mesh: Mesh) -> list[Group]:
     site = Site(width, np.zeros(width), 1.0, 1.0, None)
     made = make_member(member, config.train, site, config.seed)
     by_module.setdefault(made.module, []).append(made)
-  groups_lib._check_sizes(by_module, config.train, mesh)
+  groups_lib.check_sizes(by_module, config.train, mesh)
   return [
     Group(tuple(members), is_stacked(config.train, module, mesh))
     for module, members in by_module.items()

@@ -310,7 +310,7 @@ def test_saes_go_in_groups_that_fit(embedded, contexts, saes, monkeypatch):
 
   class Small:
     def memory_stats(self):
-      return {'bytes_limit': 2.5 * size / devices_lib._SHARE}
+      return {'bytes_limit': 2.5 * size / devices_lib.SHARE}
 
   mesh = type('Mesh', (), {'local_devices': [Small()], 'shape': {'model': 4}})
   monkeypatch.setattr(devices, 'layout', type('L', (), {'mesh': mesh})())
