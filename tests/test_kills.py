@@ -50,7 +50,7 @@ def test_a_harvest_killed_fifty_times_is_as_if_never_killed(tmp_path):
 
   rng = np.random.default_rng(0)
   flags = (f'--store={store}', *SETTINGS)
-  in_writes = 0
+  in_writes, until_shard = 0, 0.0
   for kill in range(KILLS):
     before = unfinished(store)
     if kill == KILLS // 2:  # Once by two.
