@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 CONFIG = experiments/quickstart.py
 # Processes that share the tests; a file stays in one.
 JOBS ?= 2
-PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Without these, glibc gives the memory of every large temporary back to the
 # system, and a step on CPU spends a fifth of its time faulting it in again.

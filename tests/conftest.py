@@ -1,5 +1,6 @@
 """Four fake devices, set before the backend starts; no test touches a real one."""
 
+import collections
 import os
 import tempfile
 
@@ -9,10 +10,12 @@ os.environ.setdefault('NPROC', '16')
 
 import jax  # noqa: E402
 
-# Programs are compiled once: tests share most of them. This process and those that
-# it starts have a folder each, since one that is killed may leave half an entry.
+# Programs are compiled once: tests share most of them. All commands that are started
+# have a folder, in which one that is killed may leave half an entry, and this process
+# has its own. Processes that share the tests inherit the first one's environment.
 _COMPILED = tempfile.TemporaryDirectory(prefix='gsae-compiled-')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{_COMPILED.name}/commands'
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{_COMPILED.name}/commands'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 jax.config.update('jax_compilation_cache_dir', f'{_COMPILED.name}/here')
@@ -39,6 +42,14 @@ SHARED = ROOT.parent / 'shared' / 'data'
 def pytest_configure(config):
   del config
   flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items):
+  """Files with most slow tests first: none is left to one process at the end."""
+  slow = collections.Counter(
+    i.path for i in items if i.get_closest_marker('slow')
+  )
+  items.sort(key=lambda i: -slow[i.path])
 
 
 @pytest.fixture(scope='session')

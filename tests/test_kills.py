@@ -13,11 +13,11 @@ from tests.test_processes import start_both
 
 CONFIG = 'experiments/quickstart.py'
 SETTINGS = (
-  '--config.store.tokens=900000',
+  '--config.store.tokens=300000',
   '--config.store.shard_rows=1024',
   '--config.store.buffer_rows=4096',
 )
-KILLS = 50
+KILLS = 24
 
 
 def unfinished(store):
@@ -44,7 +44,7 @@ def wait_for_a_new_shard(store, processes):
 
 
 @pytest.mark.slow
-def test_a_harvest_killed_fifty_times_is_as_if_never_killed(tmp_path):
+def test_a_harvest_killed_many_times_is_as_if_never_killed(tmp_path):
   whole, store = tmp_path / 'whole', tmp_path / 'store'
   run('harvest', f'--store={whole}', *SETTINGS, config=CONFIG)
 
@@ -71,28 +71,28 @@ def test_a_harvest_killed_fifty_times_is_as_if_never_killed(tmp_path):
       assert p.returncode == -signal.SIGKILL, err  # Nor done, nor failed.
     in_writes += bool(unfinished(store) - before)
   print(f'{KILLS} kills, {in_writes} of them in the middle of a shard')
-  assert in_writes >= 10
+  assert in_writes >= 6
   run('harvest', *flags, config=CONFIG)
   assert files(store) == files(whole)
   assert '0 bad files' in run('store', 'verify', str(store))
 
 
 TRAIN = (
-  '--config.train.steps=5000',
+  '--config.train.steps=1200',
   '--config.train.checkpoint_every=50',
   '--config.train.checkpoints_kept=3',
   '--config.train.log_every=10',
   '--config.train.histogram_every=100',
-  '--config.train.resample_steps=(1000,)',
+  '--config.train.resample_steps=(400,)',
   '--config.train.dead_after=100',
   '--config.train.resample_rows=256',
   '--config.loader.source=memory',
 )
-TRAIN_KILLS = 20
+TRAIN_KILLS = 12
 
 
 @pytest.mark.slow
-def test_a_training_killed_twenty_times_is_as_if_never_killed(smoke, tmp_path):
+def test_a_training_killed_many_times_is_as_if_never_killed(smoke, tmp_path):
   store, *_ = smoke
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   run('train', f'--store={store}', f'--workdir={whole}', *TRAIN)
@@ -117,11 +117,11 @@ def test_a_training_killed_twenty_times_is_as_if_never_killed(smoke, tmp_path):
     assert process.returncode == -signal.SIGKILL, err
     in_saves += saving()
   print(f'{TRAIN_KILLS} kills, {in_saves} while a checkpoint was written')
-  assert in_saves >= 5 and finished() < 5000
+  assert in_saves >= 3 and finished() < 1200
   run('train', f'--store={store}', f'--workdir={killed}', *TRAIN)
   assert metrics_of(killed) == metrics_of(whole)
   for name in ('gated_mlp_out.0', 'relu_mlp_hidden.0'):
     a, b = (gsae_jax.load(str(w), member=name) for w in (killed, whole))
-    assert a.metadata['step'] == b.metadata['step'] == 5000
+    assert a.metadata['step'] == b.metadata['step'] == 1200
     for k, v in b.params.items():
       np.testing.assert_array_equal(a.params[k], v)

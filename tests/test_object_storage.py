@@ -25,6 +25,21 @@ def gcs():
     yield fake
 
 
+# One request at a time: moto looks at a precondition, and then writes.
+S3_SERVER = """
+import sys, threading
+from moto.moto_server import werkzeug_app as moto
+from werkzeug.serving import run_simple
+app = moto.DomainDispatcherApplication(moto.create_backend_app)
+lock = threading.Lock()
+def one_at_a_time(environ, start_response):
+  with lock:
+    return list(app(environ, start_response))
+run_simple('127.0.0.1', int(sys.argv[1]), one_at_a_time, threaded=True,
+           request_handler=moto.MotoRequestHandler)
+"""
+
+
 @pytest.fixture(scope='module')
 def s3():
   """Environment of a bucket `acts` on loopback."""
@@ -38,7 +53,7 @@ def s3():
     'AWS_EC2_METADATA_DISABLED': 'true',
   }
   server = subprocess.Popen(
-    [sys.executable, '-m', 'moto.server', '-H', '127.0.0.1', '-p', str(port)],
+    [sys.executable, '-c', S3_SERVER, str(port)],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )

@@ -209,22 +209,29 @@ def equal_runs(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize(
-  'mesh',
+  ('mesh', 'sparse'),
   [
-    pytest.param((4, 1), marks=pytest.mark.slow),
-    (1, 4),
+    pytest.param((4, 1), 'auto', marks=pytest.mark.slow),
+    ((1, 4), 'auto'),
+    pytest.param((2, 2), 'always', marks=pytest.mark.slow),
   ],
 )
-def test_two_processes_train_what_one_does(smoke, alone, tmp_path, mesh):
-  data, model = (f'--config.mesh.{k}={n}' for k, n in zip(
+def test_two_processes_train_what_one_does(
+  smoke, alone, tmp_path, mesh, sparse
+):
+  flags = [f'--config.mesh.{k}={n}' for k, n in zip(
     ('data', 'model'), mesh, strict=True
-  ))  # fmt: skip
-  flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN, data, model)
+  )]  # fmt: skip
+  if sparse == 'always':
+    flags += ['--config.train.sparse=always', '--config.train.members=looped']
+  flags += [f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN]
   codes, outputs = finish(start_both(*flags, program='train'))
   assert codes == [0, 0], outputs
   assert 'step 60 of 60, 4 SAEs' in outputs[0][0]
   assert '4 SAEs' not in outputs[1][0]
   equal_runs(tmp_path, alone, 1e-6)
+  taken = {r['sparse_step'] for r in metrics_of(tmp_path) if 'sparse_step' in r}
+  assert (taken == {1.0}) == (sparse == 'always'), taken
 
 
 @pytest.mark.slow

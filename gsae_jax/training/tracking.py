@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from typing import Any
@@ -191,12 +192,25 @@ class _Lines:
       self._stream.close()
 
 
+def _import_tensorboard():
+  # It imports PyTorch where there is one, for tensors that it is never given:
+  # seconds of every start.
+  absent = 'torch' not in sys.modules
+  if absent:
+    sys.modules['torch'] = None
+  try:
+    import tensorboardX
+  finally:
+    if absent:
+      del sys.modules['torch']
+  return tensorboardX
+
+
 class _TensorBoard:
   """Event files; those for a bucket grow in a local folder and are copied."""
 
   def __init__(self, folder: epath.Path, resumed_at: int):
-    import tensorboardX
-
+    tensorboardX = _import_tensorboard()
     self._folder = folder
     self._local = None
     if paths.is_remote(folder):

@@ -244,6 +244,29 @@ def test_a_step_is_the_dense_one(variant, mesh, rng, monkeypatch):
   same_metrics(got, want)
 
 
+@pytest.mark.slow
+def test_a_thousand_steps_end_at_the_same_weights(rng):
+  # From initial weights, with half of the gates open at first and a few at last.
+  directions = rng.normal(size=(100, 32))
+  directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+  codes = rng.exponential(size=(1000, 64, 100))
+  codes *= rng.random(codes.shape) < 0.03
+  x_nBD = (0.2 * codes @ directions).astype(np.float32)
+  size = {'width': 32, 'features': 128}
+  fresh = init_member(module_of('gated', **size), key_data(0))
+  start = jax.device_get(turn(fresh.params))
+  run = lambda way: stepped(way, mesh_of(), 'gated', x_nBD, start, **size)
+  told, dense = run('dense')
+  _, found = run('sparse')
+  l0 = [told[i]['l0'] for i in (0, -1)]
+  assert l0[0] > 40 and l0[1] < 20, l0
+  for name, value in dense.params.items():
+    np.testing.assert_allclose(
+      found.params[name], value, atol=1e-5, err_msg=name
+    )
+    assert np.abs(value - turn(start)[name]).max() > 0.05, name
+
+
 def same_metrics(got, want):
   for a, b in zip(want, got, strict=True):
     assert a.keys() == b.keys()

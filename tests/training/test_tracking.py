@@ -2,6 +2,7 @@
 
 import json
 import struct
+import subprocess
 import sys
 import types
 
@@ -62,6 +63,17 @@ def test_scalars_reach_the_file_and_tensorboard(tmp_path):
     ('a/loss', 2): 0.25,
     ('b/loss', 2): 2.0,
   }
+
+
+def test_tensorboard_takes_no_torch_along(tmp_path):
+  pytest.importorskip('torch')
+  code = (
+    'import sys; from gsae_jax.training import tracking as t\n'
+    't._TensorBoard(t.epath.Path(sys.argv[1]), 0).write(1, {"a": 1.0})\n'
+    'assert "torch" not in sys.modules; import torch'
+  )
+  subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True)
+  assert list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('resumed_at', [0, 5])
