@@ -138,13 +138,13 @@ def test_the_figure_is_an_svg_file_of_what_fits():
   assert '**needs 20.00G of 15.75G**' in cells(small)
 
 
-@pytest.mark.slow
-def test_the_flagship_on_eight_chips(tmp_path):
+def measured(only, tmp_path, *flags):
+  """The row of a program, by the TPU's compiler."""
   if not (LIBTPU / 'libtpu').is_dir():
     pytest.skip(f'no libtpu in {LIBTPU}; make test installs it')
-  command = [sys.executable, '-m', 'benchmarks.scaling', '--only=v5e:2x4']
+  command = [sys.executable, '-m', 'benchmarks.scaling', f'--only={only}']
   done = subprocess.run(
-    [*command, f'--results={tmp_path}'],
+    [*command, *flags, f'--results={tmp_path}'],
     capture_output=True,
     text=True,
     cwd=ROOT,
@@ -153,6 +153,12 @@ def test_the_flagship_on_eight_chips(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   (line,) = (tmp_path / 'scaling.jsonl').read_text().splitlines()
   (found,) = json.loads(line)['rows']
+  return found
+
+
+@pytest.mark.slow
+def test_the_flagship_on_eight_chips(tmp_path):
+  found = measured('v5e:2x4', tmp_path)
   assert found['mesh'] == {'sae': 1, 'data': 1, 'model': 8}
   # Neither weights nor their gradients are sent.
   (sums,) = found['collectives']
@@ -160,3 +166,16 @@ def test_the_flagship_on_eight_chips(tmp_path):
   assert sums['bytes'] <= 2 * 4096 * 3072 * 4 * 1.01
   assert found['held']['peak'] < 16 * roofline.GB
   assert 7 <= found['units'] <= 7.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('only', ['v5p:4x4x4', 'v5e:16x16 sae=16'])
+def test_only_sums_are_sent_over_many_chips(only, tmp_path):
+  # Where gradients are held to an order in memory, the compiler may gather them.
+  B, D, F = 512, 256, 32_768
+  shape = (f'--batch={B}', f'--width={D}', f'--features={F}')
+  found = measured(only, tmp_path, *shape)
+  assert {c['kind'] for c in found['collectives']} == {'all-reduce'}
+  assert sum(c['bytes'] for c in found['collectives']) <= 2 * B * D * 4 * 1.02
+  share = found['mesh']['model']
+  assert found['held']['peak'] < 20 * D * F * 4 / share + 32 * 2**20

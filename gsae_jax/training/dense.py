@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 
 from gsae_jax.training.features import Sums
 from gsae_jax.training.loss import losses
 from gsae_jax.training.optimizer import Moments, row_adam, squares
 from gsae_jax.training.schedule import Schedule
-from gsae_jax.training.state import MemberState
+from gsae_jax.training.state import SPECS, MemberState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,23 +103,37 @@ def accumulated(fn, x_BD: jax.Array, parts: int):
   return jax.lax.scan(add, zeros, x_nBD)[0]
 
 
-def as_they_lie(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def as_they_lie(
+  grads: dict[str, jax.Array], mesh: Mesh | None
+) -> dict[str, jax.Array]:
   """Gradients in the order of their parameters in memory, on TPUs.
 
   The compiler likes matrices transposed that are products over rows, and would turn
-  parameters and moments to that and back, two fifths of all that it moves. On other
-  devices such a constraint may gather what is divided.
+  parameters and moments to that and back, two fifths of all that it moves. Where they
+  are divided has to be said with it, or some are gathered. On other devices such a
+  constraint may gather what is divided.
+
+  Args:
+    grads: by name.
+    mesh: what they are divided over; None is one device.
   """
   matrix = Layout((0, 1))
 
-  def constrained(grads):
-    return {
-      k: with_layout_constraint(g, matrix) if g.ndim == 2 else g
-      for k, g in grads.items()
-    }
+  def constrained(name, g):
+    lie = lambda g: with_layout_constraint(g, matrix)
+    if mesh is None:
+      return lie(g)
+    spec = SPECS[name]
+    return jax.shard_map(
+      lie, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )(g)
 
   return jax.lax.platform_dependent(
-    grads, tpu=constrained, default=lambda grads: grads
+    grads,
+    tpu=lambda grads: {
+      k: constrained(k, g) if g.ndim == 2 else g for k, g in grads.items()
+    },
+    default=lambda grads: grads,
   )
 
 
@@ -138,6 +153,7 @@ def dense_step(
   *,
   module: nn.Module,
   recipe: Recipe,
+  mesh: Mesh | None,
 ) -> Found:
   """By autodiff, over all features."""
   frozen = {k: v for k, v in state.params.items() if k in module.frozen}
@@ -148,7 +164,7 @@ def dense_step(
   sums, fired_F, grads = accumulated(
     gradients, inputs.x_BD, recipe.microbatches
   )
-  grads = as_they_lie(grads)
+  grads = as_they_lie(grads, mesh)
   norm_F = jnp.linalg.norm(state.params['W_dec'], axis=-1)
   behind = moved(state, grads, inputs, module=module, recipe=recipe)
   norm_error = jnp.max(jnp.abs(norm_F - 1))

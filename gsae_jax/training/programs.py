@@ -91,11 +91,12 @@ def _of_members(fn: Callable[..., Any], mesh: Mesh, stacked: bool):
     if not stacked:
       return fn(state, x[0], hyper)
     if which is None:
-      return jax.vmap(fn, in_axes=(0, None, 0))(state, x[0], hyper)
+      each = jax.vmap(fn, in_axes=(0, None, 0), spmd_axis_name='sae')
+      return each(state, x[0], hyper)
     spread = NamedSharding(mesh, P('sae', 'data', None))
     x_SBD = jnp.stack([x[i] for i in which])
     x_SBD = jax.lax.with_sharding_constraint(x_SBD, spread)
-    return jax.vmap(fn)(state, x_SBD, hyper)
+    return jax.vmap(fn, spmd_axis_name='sae')(state, x_SBD, hyper)
 
   return program
 

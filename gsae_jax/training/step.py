@@ -50,7 +50,7 @@ def train_step(
     way: 'dense' takes the gradient of all features by autodiff; 'blocked' of
       some at a time (`blocked.py`), and 'sparse' of those that are open
       (`sparse.py`): the same but for rounding.
-    mesh: what a step that is not 'dense' is divided over.
+    mesh: what the step is divided over; a 'dense' one needs none to be told.
 
   Returns:
     the next state, and float32 scalars: `loss`, the three terms as they enter
@@ -68,7 +68,7 @@ def train_step(
     learning_rate=hyper.learning_rate * schedule.learning_rate(state.step),
   )
   if way == 'dense':
-    found = dense_step(state, inputs, module=module, recipe=recipe)
+    found = dense_step(state, inputs, module=module, recipe=recipe, mesh=mesh)
   else:
     found = step_by_rows(
       state, inputs, module=module, recipe=recipe, mesh=mesh, way=way
