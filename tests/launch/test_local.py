@@ -86,8 +86,6 @@ def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
   metrics = stopped / 'metrics.jsonl'
   wait_for(lambda: metrics.exists() and metrics.read_text(), process)
   pids = json.loads((stopped / 'launch.json').read_text())['pids']
-  again = submit(smoke[0], stopped)
-  assert 'is running (processes' in again.communicate(timeout=60)[0]
   os.kill(pids[1], signal.SIGTERM)
   sent = time.monotonic()
   said, _ = process.communicate(timeout=300)
@@ -117,6 +115,8 @@ def test_delete_stops_a_run_and_watch_sees_its_end(smoke, tmp_path):
   process = submit(smoke[0], tmp_path, endless, hosts=1)
   metrics = tmp_path / 'metrics.jsonl'
   wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+  again = submit(smoke[0], tmp_path, endless, hosts=1)
+  assert 'is running (processes' in again.communicate(timeout=60)[0]
   watch = local('watch', tmp_path, '--poll_seconds=0.1')
   said, _ = local('delete', tmp_path).communicate(timeout=60)
   assert f'{tmp_path} is left as it is' in said
