@@ -83,11 +83,14 @@ def test_sixteen_members_over_the_devices_of_two_processes(store, tmp_path):
     )
   )
   assert codes == [0, 0], outputs
-  # Sums are in another order. Adam makes of a gradient's last digits a part of a
-  # step of 3e-4, where the gradient is next to nothing; elsewhere they stay last.
   for name in ('l1_0.05_seed_0', 'l1_0.4_seed_3', 'l1_0.1_seed_2'):
     a, b = (gsae_jax.load(str(w), member=name) for w in (two, one))
     for k, v in b.params.items():
       apart = np.abs(a.params[k] - v)
-      assert apart.max() < 1e-4, k
-      assert apart.mean() < 1e-6, k
+      if name == 'l1_0.1_seed_2':
+        # A few of its features differ by a tenth of a step, as when rounding turns
+        # a gate in some row; it was not followed up which.
+        assert (apart > 1e-6).mean() < 0.02 or k == 'b_dec', k
+        assert apart.max() < 3e-5 and apart.mean() < 1e-6, k
+      else:
+        assert apart.max() <= 1e-6, k

@@ -50,7 +50,7 @@ def train_step(
     way: 'dense' takes the gradient of all features by autodiff; 'blocked' of
       some at a time (`blocked.py`), and 'sparse' of those that are open
       (`sparse.py`): the same but for rounding.
-    mesh: what the step is divided over; a 'dense' one needs none to be told.
+    mesh: what the step is divided over; None, of a 'dense' one, is one device.
 
   Returns:
     the next state, and float32 scalars: `loss`, the three terms as they enter
