@@ -94,7 +94,9 @@ def _guarded(main, given: list[str], arguments: tuple[str, ...]) -> None:
   except UserError as e:
     _fail(e)
   except OSError as e:
-    what = f'{e.filename}: {e.strerror}' if e.filename else str(e)
+    # A bucket's client says it in lines.
+    said = ' '.join(str(e).split())
+    what = f'{e.filename}: {e.strerror}' if e.filename else said
     _fail(f'{what}; check the path and its permissions')
 
 

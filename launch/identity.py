@@ -61,16 +61,14 @@ def storage(run: epath.Path, what: str) -> Iterator[None]:
   except UserError:
     raise
   except Exception as e:  # Clients of buckets have dozens of their own.
-    lines = str(e).strip().splitlines() or [type(e).__name__]
+    why = ' '.join(str(e).split())[:300] or type(e).__name__
     remedy = 'check the folder and its permissions'
     if paths.is_remote(run):
       remedy = (
         'check that the bucket is there and yours to write, and the credentials '
         '(gcloud auth application-default login)'
       )
-    raise Unreachable(
-      f'--run: cannot {what} {run} ({lines[0][:200]}); {remedy}'
-    ) from e
+    raise Unreachable(f'--run: cannot {what} {run} ({why}); {remedy}') from e
 
 
 def read_json(path: epath.Path) -> dict | None:

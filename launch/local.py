@@ -4,6 +4,7 @@ Each has fake devices on the CPU: for trying what will run on a pod. Stops and
 goes on as there: a signal to one of the workers stops all of them.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -87,11 +88,11 @@ def _run(
       )
     )
   pids = [w.pid for w in workers]
-  identity.write_json(
-    run.run / 'launch.json',
-    {'target': 'local', 'code': run.code.id, 'pids': pids},
-  )
-  return _wait(workers)
+  launch = {'target': 'local', 'code': run.code.id, 'pids': pids}
+  identity.write_json(run.run / 'launch.json', launch)
+  code = _wait(workers)
+  _stop(launch)  # The step of a worker that was killed.
+  return code
 
 
 def _wait(workers: list[subprocess.Popen]) -> int:
@@ -111,15 +112,30 @@ def _wait(workers: list[subprocess.Popen]) -> int:
 
 
 def _alive(launch: dict) -> list[int]:
-  """Those of a run's workers that are still there."""
+  """A run's workers and their steps that are still there, workers first."""
+  shown = subprocess.run(
+    ['ps', '-A', '-ww', '-o', 'pid=', '-o', 'command='],
+    capture_output=True,
+    text=True,
+  )
   found = []
-  for pid in launch['pids']:
-    shown = subprocess.run(
-      ['ps', '-o', 'command=', '-p', str(pid)], capture_output=True, text=True
-    )
-    if 'launch.worker' in shown.stdout:  # Not another that has its number now.
-      found.append(pid)
-  return found
+  for line in shown.stdout.splitlines():
+    pid, _, command = line.strip().partition(' ')
+    # Not another that has its number now.
+    if '-m launch.worker' in command or '-m gsae_jax.' in command:
+      with contextlib.suppress(OSError):
+        if os.getsid(int(pid)) in launch['pids']:  # Each has a session.
+          found.append(int(pid))
+  return sorted(found, key=lambda pid: pid not in launch['pids'])
+
+
+def _stop(launch: dict) -> None:
+  """Makes what is still there save and leave, and waits for it."""
+  for pid in _alive(launch):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGTERM)
+  while _alive(launch):
+    time.sleep(_POLL)
 
 
 def _list(pids: list[int]) -> str:
@@ -152,9 +168,6 @@ def delete() -> None:
   run, launch = door.read_launch('local', remote=False)
   pids = _alive(launch)
   identity.tell_deleted(run, ('trainer',))  # Before, for who watches.
-  for pid in pids:
-    os.kill(pid, signal.SIGTERM)
-  while _alive(launch):
-    time.sleep(_POLL)
+  _stop(launch)
   identity.tell_deleted(run, ('trainer',))
   print(f'{run.name}: processes {_list(pids)} are gone; {run} is left as it is')

@@ -12,6 +12,7 @@ be taken away, make the step save and leave; the worker then leaves with 42.
 import argparse
 import http.client
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,12 +122,15 @@ class Worker:
     return FAILED
 
   def _start(self, step: str) -> int:
+    words = command(self._given, step)
+    if shutil.which('setpriv'):  # It stops too if this process is killed.
+      words = ['setpriv', '--pdeathsig', 'TERM', *words]
     # Alone in its group: signals come from here, and once.
     self._child = child = subprocess.Popen(
-      command(self._given, step),
+      words,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
-      start_new_session=True,
+      process_group=0,
     )
     if self._why:  # It came in between.
       child.terminate()

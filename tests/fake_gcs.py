@@ -44,6 +44,7 @@ class FakeGCS(ThreadingHTTPServer):
 
   Attributes:
     objects: by bucket and name.
+    closed: buckets that may be read and not be written.
     requests: (kind, object's name or listed prefix), in order. The kinds are
       'GET bucket', 'GET list', 'GET media', 'GET metadata', 'DELETE object',
       'POST upload' (the start of a resumable one, too, and each chunk of it),
@@ -57,6 +58,7 @@ class FakeGCS(ThreadingHTTPServer):
     super().__init__(('127.0.0.1', 0), _Handler)
     self.url = f'http://127.0.0.1:{self.server_port}'
     self.objects: dict[str, dict[str, Blob]] = {b: {} for b in buckets}
+    self.closed: set[str] = set()
     self.requests: list[tuple[str, str]] = []
     self._numbers = itertools.count(1)  # Of generations, and of uploads.
     self._uploads = {}  # By number: name, query, what has come.
@@ -113,6 +115,8 @@ class FakeGCS(ThreadingHTTPServer):
     service, _, path = url.path.partition('storage/v1')
     parts = [unquote(part) for part in path.split('/')[1:]]
     note = lambda kind, name='': self.requests.append((kind, name))
+    if method != 'GET' and parts[1:2] and parts[1] in self.closed:
+      raise _Refused(403, f'the caller has no right to write to {parts[1]}')
     match method, service, *parts:
       case 'GET', '/', 'b', bucket:
         note('GET bucket')

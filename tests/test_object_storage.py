@@ -240,6 +240,17 @@ def test_a_bucket_that_is_not_there_is_named(gcs, s3):
     refuse('store', 'inspect', place, match='nobody/x', **env)
 
 
+def test_a_bucket_that_is_not_to_be_written_is_named(smoke):
+  refused = 'the caller has no right to write to theirs'
+  with FakeGCS(buckets=('theirs',)) as gcs:
+    gcs.closed.add('theirs')
+    place, env = 'gs://theirs/x', gcs.environment
+    refuse('harvest', f'--store={place}', match=refused, **env)
+    flags = f'--store={smoke[0]}', f'--workdir={place}'
+    refuse('train', *flags, match=f'{refused}; check the path', **env)
+    assert not gcs.objects['theirs']
+
+
 TWO_WRITERS = """
 import sys
 import numpy as np, tensorstore as ts

@@ -123,9 +123,11 @@ for place in sys.argv[1:]:
 
 
 def test_buckets_written_and_not_to_be_written():
-  with FakeGCS(buckets=('mine',)) as gcs:
+  runs = 'gs://mine/a', 'gs://nobody/a', 'gs://theirs/a'
+  with FakeGCS(buckets=('mine', 'theirs')) as gcs:
+    gcs.closed.add('theirs')
     done = subprocess.run(
-      [sys.executable, '-c', RECORD, 'gs://mine/a', 'gs://nobody/a'],
+      [sys.executable, '-c', RECORD, *runs],
       cwd=ROOT,
       env=os.environ | gcs.environment,
       capture_output=True,
@@ -134,9 +136,15 @@ def test_buckets_written_and_not_to_be_written():
   assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
   assert f'a/code/{CODE.id}.tar.gz' in gcs.objects['mine']
   assert set(gcs.objects['mine']) >= {'a/config.json', 'a/launch.json'}
-  (line,) = done.stdout.splitlines()
-  assert line.startswith('--run: cannot write to gs://nobody/a (')
-  assert line.endswith('(gcloud auth application-default login)')
+  lines = done.stdout.splitlines()
+  assert lines[0].startswith('--run: cannot write to gs://nobody/a (')
+  assert lines[1].startswith(
+    '--run: cannot write to gs://theirs/a (Forbidden: '
+  )
+  assert 'the caller has no right to write to theirs);' in lines[1]
+  assert len(lines) == 2 and not gcs.objects['theirs']
+  for line in lines:
+    assert line.endswith('(gcloud auth application-default login)')
 
 
 def test_a_run_that_had_finished_is_not_told_as_deleted(tmp_path):

@@ -127,3 +127,17 @@ def test_delete_stops_a_run_and_watch_sees_its_end(smoke, tmp_path):
   assert steps(tmp_path)[-1] > 0
   said, _ = local('status', tmp_path).communicate(timeout=60)
   assert 'trainer: deleted' in said
+
+
+@pytest.mark.slow
+def test_the_step_of_a_worker_that_is_killed_saves_and_leaves(smoke, tmp_path):
+  process = submit(smoke[0], tmp_path, '--config.train.steps=1000000', hosts=1)
+  metrics = tmp_path / 'metrics.jsonl'
+  wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+  (worker,) = json.loads((tmp_path / 'launch.json').read_text())['pids']
+  os.kill(worker, signal.SIGKILL)
+  said, _ = process.communicate(timeout=60)
+  assert process.returncode == 42, said
+  assert steps(tmp_path)[-1] > 0
+  said, _ = local('status', tmp_path).communicate(timeout=60)
+  assert 'processes: none' in said

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -35,7 +37,10 @@ step, run = sys.argv[1:3]
 todo = pathlib.Path(run, step)
 first, *rest = todo.read_text().split()
 todo.write_text(' '.join(rest))
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
+def leave(*_):
+  pathlib.Path(run, 'left').touch()
+  sys.exit(42)
+signal.signal(signal.SIGTERM, leave)
 print('a bar 1%', end='\\r')
 print('a bar 99%')
 alone = os.getpgrp() == os.getpid()  # Else a signal would come twice.
@@ -166,9 +171,23 @@ def test_a_host_that_never_began_ends_the_others(tmp_path):
 
 def test_a_program_that_is_not_there(tmp_path):
   run = Run(tmp_path, train='0')
-  code, _, err = end(run.start(PROGRAM='/nowhere/python'))
+  # Without setpriv, which would be there.
+  code, _, err = end(run.start(PROGRAM='/nowhere/python', PATH=''))
   assert code == 1 and run.state()['state'] == 'failed', err
   assert 'cannot be started' in run.state()['reason']
+
+
+@pytest.mark.skipif(not shutil.which('setpriv'), reason='of Linux')
+def test_a_worker_that_is_killed_leaves_no_step_behind(tmp_path):
+  run = Run(tmp_path, train='waits')
+  process = run.start()
+  wait_for(run.order, process)
+  process.kill()
+  process.communicate()
+  end = time.monotonic() + 60
+  while not (tmp_path / 'left').exists():
+    assert time.monotonic() < end
+    time.sleep(0.01)
 
 
 def test_a_run_that_was_deleted_stays_so(tmp_path):
