@@ -124,7 +124,8 @@ def _all_slices():
       yield Slice(name, topology)
 
 
-_ZONE = r'[a-z]+-[a-z]+\d+-[a-z]'
+_REGION = r'[a-z]+-[a-z]+\d+'
+_ZONE = _REGION + r'-(ai\d+)?[a-z]'  # us-south1-ai1b has AI chips only.
 _PROJECT = r'([a-z][a-z0-9.-]*:)?[a-z][a-z0-9-]{4,28}[a-z0-9]'
 # Suffixes of what is made for a run go behind: a Job's pods have the longest.
 _NAME = r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?'
@@ -134,7 +135,7 @@ def check_zone(zone: str) -> None:
   """Refuses what is not the name of a zone."""
   if re.fullmatch(_ZONE, zone):
     return
-  what = 'a region' if re.fullmatch(_ZONE[:-6], zone) else 'not a zone'
+  what = 'a region' if re.fullmatch(_REGION, zone) else 'not a zone'
   raise UserError(f'--zone: {zone!r} is {what}; a zone is like us-central1-a')
 
 

@@ -17,6 +17,7 @@ storage="${STORAGE_EMULATOR_HOST:-https://storage.googleapis.com}"
 uv_version=0.13.9
 python_version=3.12
 
+# Tokens go to curl by pipes: arguments are for every user of a machine to see.
 authorization() {
   local token
   token=$(curl -fsS -H 'Metadata-Flavor: Google' \
@@ -39,8 +40,8 @@ patiently() {
 fetch() {
   local header
   header=$(authorization) &&
-    curl -fsS -H "$header" -o "$code.tar.gz" \
-      "$storage/storage/v1/b/$GSAE_BUCKET/o/$GSAE_OBJECT?alt=media"
+    curl -fsS -H @- -o "$code.tar.gz" \
+      "$storage/storage/v1/b/$GSAE_BUCKET/o/$GSAE_OBJECT?alt=media" <<<"$header"
 }
 
 get_uv() {
@@ -58,7 +59,7 @@ install() {
 
 # Of a type, to an object, what comes in.
 upload() {
-  curl -fsS -H "$(authorization)" -H "Content-Type: $1" \
+  curl -fsS -H @<(authorization) -H "Content-Type: $1" \
     --data-binary @- -o /dev/null \
     "$storage/upload/storage/v1/b/$GSAE_BUCKET/o?uploadType=media&name=$2" ||
     true

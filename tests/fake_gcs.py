@@ -45,6 +45,7 @@ class FakeGCS(ThreadingHTTPServer):
   Attributes:
     objects: by bucket and name.
     closed: buckets that may be read and not be written.
+    accounts: what requests had under Authorization.
     requests: (kind, object's name or listed prefix), in order. The kinds are
       'GET bucket', 'GET list', 'GET media', 'GET metadata', 'DELETE object',
       'POST upload' (the start of a resumable one, too, and each chunk of it),
@@ -59,6 +60,7 @@ class FakeGCS(ThreadingHTTPServer):
     self.url = f'http://127.0.0.1:{self.server_port}'
     self.objects: dict[str, dict[str, Blob]] = {b: {} for b in buckets}
     self.closed: set[str] = set()
+    self.accounts: set[str | None] = set()
     self.requests: list[tuple[str, str]] = []
     self._numbers = itertools.count(1)  # Of generations, and of uploads.
     self._uploads = {}  # By number: name, query, what has come.
@@ -102,6 +104,7 @@ class FakeGCS(ThreadingHTTPServer):
   def answer(self, method: str, target: str, headers, body: bytes) -> Reply:
     """Answers one request; they take turns."""
     with self._lock:
+      self.accounts.add(headers.get('Authorization'))
       try:
         return self._answer(method, target, headers, body)
       except _Refused as e:

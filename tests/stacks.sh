@@ -31,9 +31,15 @@ stack() { # name, Python version, constraints...
   "$venv/bin/python" -m pip install -q -e '.[test]' "$@"
   echo "stack $name: $("$venv/bin/python" -c 'import flax, jax; print("jax", jax.__version__, "flax", flax.__version__)')"
   "$venv/bin/python" -m pytest -q -m 'not slow' \
-    tests/sae tests/training/test_groups.py tests/training/test_sparse.py \
-    tests/training/test_step.py tests/lm/test_golden.py \
-    tests/test_restore.py tests/test_notebooks.py \
+    tests/sae tests/lm/test_golden.py tests/test_restore.py \
+    tests/test_notebooks.py \
+    tests/launch/test_preflight.py::test_products_of_all_devices \
+    tests/training/test_groups.py::test_a_stacked_member_is_the_member_alone \
+    tests/training/test_groups.py::test_features_over_devices_send_two_reconstructions_and_no_weights \
+    tests/training/test_groups.py::test_saes_over_devices_send_nothing \
+    tests/training/test_sparse.py::test_a_step_is_the_dense_one \
+    tests/training/test_step.py::test_losses_are_those_of_one_device_on_every_mesh \
+    tests/training/test_step.py::test_trajectory_equals_the_float64_reference \
     tests/training/test_checkpoints.py::test_resumed_equals_uninterrupted_to_the_bit \
     tests/training/test_checkpoints.py::test_resumes_on_another_mesh \
     tests/test_processes.py::test_two_processes_write_the_store_of_one \

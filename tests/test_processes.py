@@ -172,6 +172,7 @@ def test_flags_that_do_not_fit(tmp_path):
   )  # fmt: skip
 
 
+TWO = 'tests/configs/two_saes.py'
 # The paper's learning rate: what rounding does to a step is in proportion to it.
 TRAIN = (
   '--config.train.steps=60', '--config.train.checkpoint_every=20',
@@ -188,7 +189,7 @@ def alone(smoke, tmp_path_factory):
   """What one process with four devices trains."""
   workdir = tmp_path_factory.mktemp('alone')
   flags = (f'--store={smoke[0]}', f'--workdir={workdir}', *TRAIN)
-  run('train', *flags, devices=4)
+  run('train', *flags, devices=4, config=TWO)
   return workdir
 
 
@@ -225,10 +226,10 @@ def test_two_processes_train_what_one_does(
   if sparse == 'always':
     flags += ['--config.train.sparse=always', '--config.train.members=looped']
   flags += [f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN]
-  codes, outputs = finish(start_both(*flags, program='train'))
+  codes, outputs = finish(start_both(*flags, program='train', config=TWO))
   assert codes == [0, 0], outputs
-  assert 'step 60 of 60, 4 SAEs' in outputs[0][0]
-  assert '4 SAEs' not in outputs[1][0]
+  assert 'step 60 of 60, 2 SAEs' in outputs[0][0]
+  assert '2 SAEs' not in outputs[1][0]
   equal_runs(tmp_path, alone, 1e-6)
   taken = {r['sparse_step'] for r in metrics_of(tmp_path) if 'sparse_step' in r}
   assert (taken == {1.0}) == (sparse == 'always'), taken
@@ -237,11 +238,12 @@ def test_two_processes_train_what_one_does(
 @pytest.mark.slow
 def test_two_processes_resample_what_one_does(smoke, tmp_path):
   flags = (f'--store={smoke[0]}', *TRAIN, *RESAMPLE)
-  run('train', f'--workdir={tmp_path}/one', *flags, devices=4)
+  run('train', f'--workdir={tmp_path}/one', *flags, devices=4, config=TWO)
   codes, outputs = finish(
     start_both(
       f'--workdir={tmp_path}/two', '--config.mesh.data=2',
       '--config.mesh.model=2', *flags, program='train',
+      config=TWO,
     )
   )  # fmt: skip
   assert codes == [0, 0], outputs
@@ -256,7 +258,7 @@ def test_training_moves_between_numbers_of_processes(smoke, alone, tmp_path):
   store, *_ = smoke
   flags = (f'--store={store}', f'--workdir={tmp_path}', *TRAIN)
   metrics = tmp_path / 'metrics.jsonl'
-  both = start_both(*flags, program='train')
+  both = start_both(*flags, program='train', config=TWO)
   wait_for(lambda: metrics.exists() and metrics.read_text(), both[0])
   both[1].send_signal(signal.SIGTERM)
   codes, outputs = finish(both)
@@ -264,14 +266,14 @@ def test_training_moves_between_numbers_of_processes(smoke, alone, tmp_path):
   steps = lambda: {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()}
   stopped_at = max(steps())
   assert 0 < stopped_at < 60
-  one = start('train', *flags, devices=2)
+  one = start('train', *flags, devices=2, config=TWO)
   enough = f'"step": {min(stopped_at + 6, 55) // 5 * 5},'
   wait_for(lambda: enough in metrics.read_text(), one)
   one.send_signal(signal.SIGTERM)
   assert one.wait(timeout=300) == 42
   one.communicate()
   assert 60 > max(steps()) > stopped_at
-  codes, outputs = finish(start_both(*flags, program='train'))
+  codes, outputs = finish(start_both(*flags, program='train', config=TWO))
   assert codes == [0, 0], outputs
   equal_runs(tmp_path, alone, 1e-6)
 
@@ -281,7 +283,11 @@ def test_a_mistake_on_one_process_ends_the_training_of_both(smoke, tmp_path):
   # Only process 0 reads what was logged.
   (tmp_path / 'metrics.jsonl').write_text('nonsense\n{}\n')
   both = start_both(
-    f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN, program='train'
+    f'--store={smoke[0]}',
+    f'--workdir={tmp_path}',
+    *TRAIN,
+    program='train',
+    config=TWO,
   )
   codes, outputs = finish(both)
   assert codes == [1, 1], outputs
@@ -296,7 +302,7 @@ def test_a_killed_process_ends_the_training_of_the_other(
 ):
   flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN)
   metrics = tmp_path / 'metrics.jsonl'
-  both = start_both(*flags, program='train')
+  both = start_both(*flags, program='train', config=TWO)
   wait_for(lambda: metrics.exists() and metrics.read_text(), both[0])
   both[1].kill()
   codes, outputs = finish(both)
@@ -305,7 +311,7 @@ def test_a_killed_process_ends_the_training_of_the_other(
   if codes[0] == 42:
     assert 'error: another process is gone' in outputs[0][1]
     assert 'Traceback' not in outputs[0][1]
-  run('train', *flags, devices=4)
+  run('train', *flags, devices=4, config=TWO)
   equal_runs(tmp_path, alone, 1e-6)
 
 

@@ -115,13 +115,14 @@ def test_harvest_killed_and_started_again_is_as_if_never_killed(
 
 # Long enough to be caught in the middle, however busy the machine is.
 LONG = ('--config.train.steps=600', '--config.train.checkpoint_every=100')
+TWO = 'tests/configs/two_saes.py'
 
 
 @pytest.fixture(scope='module')
 def whole(smoke, tmp_path_factory):
   """The workdir of a longer run that nobody interrupted."""
   workdir = tmp_path_factory.mktemp('whole')
-  run('train', f'--store={smoke[0]}', f'--workdir={workdir}', *LONG)
+  run('train', f'--store={smoke[0]}', f'--workdir={workdir}', *LONG, config=TWO)
   return workdir
 
 
@@ -142,27 +143,27 @@ def test_training_killed_and_started_again_is_as_if_never_killed(
   flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *LONG)
   metrics = tmp_path / 'metrics.jsonl'
   lines = lambda: metrics.read_text().count('\n') if metrics.exists() else 0
-  for enough in (4, 200):  # Of 480.
-    process = start('train', *flags)
+  for enough in (2, 100):  # Of 240.
+    process = start('train', *flags, config=TWO)
     wait_for(lambda n=enough: lines() >= n, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-  run('train', *flags)
+  run('train', *flags, config=TWO)
   same_run(tmp_path, whole)
 
 
 def test_a_preempted_run_exits_42_and_goes_on(smoke, whole, tmp_path):
   flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *LONG)
   metrics = tmp_path / 'metrics.jsonl'
-  process = start('train', *flags)
+  process = start('train', *flags, config=TWO)
   wait_for(lambda: metrics.exists() and metrics.read_text(), process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=120)
   assert process.returncode == 42, err
   saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
   assert 0 < saved < 600
-  run('train', *flags)
+  run('train', *flags, config=TWO)
   same_run(tmp_path, whole)
 
 
@@ -284,7 +285,7 @@ def test_a_stream_trains_without_a_store_and_goes_on(smoke, tmp_path):
     '--config.train.checkpoint_every=10',
   )  # fmt: skip
   run('train', f'--workdir={tmp_path}/whole', *flags)
-  run('train', f'--workdir={tmp_path}/cut', *flags)
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
   for step in (30, 40):
     shutil.rmtree(tmp_path / f'cut/checkpoints/{step}')
   run('train', f'--workdir={tmp_path}/cut', *flags)

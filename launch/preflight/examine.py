@@ -6,9 +6,17 @@ from typing import Any
 
 from gsae_jax.config import Config
 from gsae_jax.mesh import axis_sizes, make_mesh
-from launch.preflight import meshes, parts, programs, show, topology
-from launch.preflight.model import Model, layout_of
-from launch.preflight.roofline import CHIPS, GIB
+from launch.preflight import (
+  measure,
+  meshes,
+  parts,
+  programs,
+  remedies,
+  show,
+  topology,
+)
+from launch.preflight.model import Model
+from launch.preflight.roofline import GIB
 from launch.preflight.topology import Machine
 
 
@@ -57,13 +65,14 @@ def examine(
   sizes = axis_sizes(mesh.data, mesh.model, mesh.sae, machine.chips)
   chips = topology.devices(machine)
   found = Found(sizes, [], {}, [])
+  steps = remedies.Steps(model)
 
-  def look(part: parts.Part) -> None:
+  def look(part: parts.Part, measure=measure.measure) -> None:
     say(f'\n{part.name}\n')
     say(show.line(show.HEADS))
     say(show.line(['---'] * len(show.HEADS)))
     rows = []
-    for row in parts.measured(part):
+    for row in parts.measured(part, measure):
       rows.append(row)
       say(show.line(show.cells(row)))
     total = parts.total(part, rows, machine)
@@ -77,17 +86,14 @@ def examine(
     look(parts.harvest(config, model, machine))
   if 'train' in wanted:
     made = make_mesh(mesh.data, mesh.model, mesh.sae, chips)
-    look(parts.train(config, model, machine, made))
-    _compare(found, config, model, machine, tries, say)
+    look(parts.train(config, model, machine, made), steps.measure(config.train))
+    _compare(found, config, model, machine, steps, tries, say)
   if 'evaluate' in wanted:
     look(parts.evaluate(config, model, machine))
   for name in ('harvest', 'evaluate'):
     if not found.totals.get(name, {'fits': True})['fits']:
-      found.problems.append(
-        _problem(
-          found.totals[name], machine, _smaller(name, config, model, machine)
-        )
-      )
+      would = _smaller(name, found, config, model, machine, say)
+      found.problems.append(_problem(found.totals[name], machine, would))
   return found
 
 
@@ -104,24 +110,29 @@ def work_of(config: Config, model: Model, machine: Machine) -> meshes.Work:
   return meshes.Work(config, groups, products)
 
 
-def _compare(found: Found, config, model, machine, tries: int, say) -> None:
+def _compare(
+  found: Found, config, model, machine, steps, tries: int, say
+) -> None:
   """Ranks the meshes, compiles the best, and says what would fit."""
   work = work_of(config, model, machine)
   ranked = meshes.rank(work, machine)
   sizes, total = tuple(found.mesh.values()), found.totals['train']
   totals = {sizes: total}
   for estimate in [e for e in ranked if e.sizes != sizes][:tries]:
-    sae, data, model_ = estimate.sizes
-    mesh = make_mesh(data, model_, sae, topology.devices(machine))
-    part = parts.train(config, model, machine, mesh)
-    rows = list(parts.measured(part))
-    totals[estimate.sizes] = parts.total(part, rows, machine)
+    totals[estimate.sizes] = steps.total(config, machine, estimate.sizes)
   say('\n' + '\n'.join(show.ranking(ranked, totals, sizes, machine)))
+
+  def with_change(remedy: remedies.Remedy) -> dict[str, Any]:
+    changed = steps.total(remedy.config, remedy.machine, remedy.sizes)
+    if config.loader.source == 'stream':
+      changed = parts.streamed(changed, found.totals['harvest'])
+    return changed
+
   if not total['fits']:
     now = meshes.estimate(work, machine, *sizes)
-    found.problems.append(
-      _problem(total, machine, meshes.remedies(work, machine, now))
-    )
+    kinds = remedies.of_training(work, machine, now)
+    would = remedies.confirmed(kinds, with_change, say)
+    found.problems.append(_problem(total, machine, would))
 
 
 def _problem(total: dict[str, Any], machine: Machine, would: list[str]) -> str:
@@ -133,20 +144,22 @@ def _problem(total: dict[str, Any], machine: Machine, would: list[str]) -> str:
   )
 
 
-def _smaller(name: str, config: Config, model: Model, machine: Machine):
-  """What makes a language model's programs smaller."""
-  layout = layout_of(config.lm.layout, model, machine.host, config.mesh.model)
-  would = []
-  if layout.kind != 'fully_sharded' and layout.mesh.size > 1:
-    size = model.bytes / layout.mesh.size / GIB
-    would.append(
-      f'lm.layout=fully_sharded, with {size:.2f} GiB of parameters a chip'
-    )
-  field, count, least = {
-    'harvest': ('store.batch_contexts', config.store.batch_contexts, 1),
-    'evaluate': ('eval.batch_size', config.eval.batch_size, layout.parts),
-  }[name]
-  if count and count > least:
-    would.append(f'{field}={max(count // 2, least)} or less')
-  more = [g for g, c in CHIPS.items() if c.usable > machine.chip.usable]
-  return would + ([f'chips of {" or ".join(more)}'] if more else [])
+def _smaller(name: str, found: Found, config, model, machine, say) -> list[str]:
+  """What would fit of a language model's passes."""
+  make = {'harvest': parts.harvest, 'evaluate': parts.evaluate}[name]
+  needs, usable = found.totals[name]['needs'], machine.chip.usable
+  kind = lambda program: program.split(maxsplit=1)[0].rstrip(',')
+  large = {
+    kind(row['program'])
+    for row in found.rows
+    if row['part'] == name and ('does_not_fit' in row or row['needs'] > usable)
+  }
+
+  def with_change(remedy: remedies.Remedy) -> dict[str, Any]:
+    part = make(remedy.config, model, remedy.machine)
+    again = tuple(p for p in part.programs if kind(p.name) in large)
+    part = dataclasses.replace(part, programs=again)
+    return parts.total(part, list(parts.measured(part)), remedy.machine)
+
+  kinds = remedies.of_pass(name, needs, config, model, machine)
+  return remedies.confirmed(kinds, with_change, say)

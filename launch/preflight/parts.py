@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,8 +114,15 @@ def _bytes(tree: Any) -> int:
   )
 
 
-def measured(part: Part) -> Iterator[dict[str, Any]]:
-  """A row for each program, as plain data."""
+def measured(
+  part: Part, measure: Callable[[Program], dict[str, Any]] = measure
+) -> Iterator[dict[str, Any]]:
+  """A row for each program, as plain data.
+
+  Args:
+    part: whose programs.
+    measure: as `measure.measure`; some may have been compiled before.
+  """
   for program in part.programs:
     row = {
       'part': part.name,
@@ -180,4 +187,6 @@ def streamed(train: dict[str, Any], forward: dict[str, Any]) -> dict[str, Any]:
     )
   ]
   hours = [train['tokens'] / rate / 3600 for rate in reversed(rates)]
-  return out | {'tokens_per_second': rates, 'hours': hours}
+  slower = min((train, forward), key=lambda t: t['tokens_per_second'])
+  bound = slower['bound']
+  return out | {'bound': bound, 'tokens_per_second': rates, 'hours': hours}

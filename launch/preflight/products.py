@@ -54,6 +54,8 @@ def _count(jaxpr) -> Products:
       times = params['length'] if name == 'scan' else 1
       if name == 'shard_map':
         times = params['mesh'].size
+      elif name == 'xla_pmap':  # Of a JAX where that is no shard_map yet.
+        times = params['global_axis_size']
       for value in params.values():
         inner = getattr(value, 'jaxpr', value)
         if hasattr(inner, 'eqns'):

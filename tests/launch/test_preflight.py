@@ -21,6 +21,7 @@ from launch.preflight import (
   parts,
   products,
   programs,
+  remedies,
   show,
   tables,
   topology,
@@ -306,17 +307,40 @@ def test_what_would_fit_is_said(work):
   machine = topology.machine('v5e:2x2')
   now = meshes.estimate(work, machine, 1, 4, 1)
   assert now.needs > machine.chip.usable
-  said = meshes.remedies(work, machine, now)
-  assert [s.partition(' (about')[0] for s in said] == [
-    'mesh sae=1 data=1 model=4 on the same chips',
-    '1 of the 4 SAEs at a time',
-    'v5e:2x4 with mesh sae=1 data=1 model=8',
+  found = [list(kind) for kind in remedies.of_training(work, machine, now)]
+  assert [[r.words for r in kind][:1] for kind in found] == [
+    ['mesh sae=1 data=1 model=4 on the same chips'],
+    [],  # Codes are not what is too large.
+    ['1 of the 4 SAEs at a time'],
+    ['v5e:2x4 with mesh sae=1 data=1 model=8'],
   ]
+  mesh, fewer, more = (kind[0] for kind in found if kind)
+  assert mesh.sizes == (1, 1, 4) and fewer.sizes == (1, 4, 1)
+  assert mesh.config is work.config and len(fewer.config.saes) == 1
+  assert more.machine.chips == 8 and more.sizes == (1, 1, 8)
   # Of codes `[B, F]` an eighth is held, and gradients are summed up.
   whole, small = (
     meshes.estimate(work, machine, 1, 1, 4, microbatches=n) for n in (1, 8)
   )
   assert 0.9e9 < whole.needs - small.needs < 1.2e9
+
+
+def test_only_what_fits_when_it_is_compiled_is_said():
+  remedy = lambda words: remedies.Remedy(words, None, None)
+  of_kind = lambda *words: map(remedy, words)
+  fits = {'b': 3.5, 'd': 2.25}
+  told = []
+
+  def total(remedy):
+    if remedy.words == 'c':
+      raise UserError('it is not divisible')
+    needs = fits.get(remedy.words, 20.0)
+    return {'fits': needs < 16, 'needs': needs * 2**30}
+
+  kinds = of_kind('a', 'b', 'never'), of_kind('c', 'd'), of_kind(*'efgb')
+  said = remedies.confirmed(kinds, total, told.append)
+  assert said == ['b (3.50 GiB)', 'd (2.25 GiB)']
+  assert [line[-1] for line in told] == list('abcdefg')
 
 
 ROWS = [
@@ -362,6 +386,12 @@ def test_a_streamed_model_takes_turns_with_training():
   both = parts.streamed(total, total)
   assert both['hours'] == pytest.approx([2 * h for h in total['hours']])
   assert both['needs'] == 18e9 and not both['fits']
+  fast = {'bound': 'memory', 'tokens_per_second': [1e9, 2e9], 'needs': 1e9}
+  slow = fast | {'tokens_per_second': [1.0, 2.0]}
+  bounds = [
+    parts.streamed(total, f | {'hours': 1})['bound'] for f in (fast, slow)
+  ]
+  assert bounds == ['compute', 'memory']
   assert show.summary(both, machine, None)[0].endswith('DOES NOT FIT')
 
 
@@ -425,8 +455,27 @@ def test_what_does_not_fit_is_refused_with_the_number(tmp_path):
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   last = done.stderr.strip().splitlines()[-1]
   assert re.match(r'error: train needs \d+\.\d\d GiB of the 15\.75', last)
-  assert 'v5e:2x2 with mesh' in last and 'SAEs at a time' in last
+  would = last.partition('; what would fit: ')[2]
+  assert re.fullmatch(
+    r'\d+ of the 34 SAEs at a time \(\d+\.\d\d GiB\); or '
+    r'v5e:2x2 with mesh sae=1 data=1 model=4 \(\d+\.\d\d GiB\)',
+    would,
+  )
+  assert all(float(n) < 15.75 for n in re.findall(r'\((\S+) GiB', would))
   assert '**needs ' in done.stdout and 'does not fit' in done.stdout
+
+
+@pytest.mark.slow
+def test_as_many_contexts_as_fit_are_said():
+  done = preflight(
+    '--topology=v5e:1x1',
+    '--parts=harvest',
+    '--config.store.batch_contexts=65536',
+  )
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  found = re.search(r'would fit: store.batch_contexts=(\d+) \((\S+) GiB', last)
+  assert 4096 <= int(found[1]) < 65536 and 4 < float(found[2]) < 15.75
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,11 @@ if [[ $1 == venv ]]; then
   mkdir -p "${@: -1}/bin"
   ln -s "$GSAE_HOME/bin/python" "${@: -1}/bin/python"
 fi
+"""
+# Notes what every user of a machine could see.
+CURL = f"""#!/bin/bash
+echo "$*" >>"$GSAE_HOME/curls"
+exec {shutil.which('curl')} "$@"
 """
 PYTHON = f"""#!{sys.executable}
 import json, os, signal, sys
@@ -90,11 +96,13 @@ class Host:
   def __init__(self, folder, gcs, metadata):
     self.home, self.gcs = folder, gcs
     (folder / 'bin').mkdir()
-    for name, text in (('uv', UV), ('python', PYTHON)):
+    for name, text in (('uv', UV), ('python', PYTHON), ('curl', CURL)):
       (folder / 'bin' / name).write_text(text)
       (folder / 'bin' / name).chmod(0o755)
     self._env = os.environ | gcs.environment | metadata.environment
-    self._env |= {'GSAE_HOME': str(folder)}
+    path = f'{folder}/bin:{os.environ["PATH"]}'
+    self._env |= {'GSAE_HOME': str(folder), 'PATH': path}
+    gcs.accounts.clear()
 
   def start(self):
     file = self.home / 'startup.sh'
@@ -183,4 +191,7 @@ def test_what_goes_wrong_before_the_worker_is_in_the_run(host):
   assert told['state'] == 'failed' and told['step'] == 'startup'
   assert told['reason'] == f'{name.partition("run1/")[2]} says why'
   assert told.keys() == {'state', 'step', 'reason', 'time'}
+  assert host.gcs.accounts == {'Bearer ya29.a-b_c'}
+  curls = (host.home / 'curls').read_text()
+  assert curls.count('/upload/') == 2 and 'ya29' not in curls
   assert not (host.home / 'found').exists()

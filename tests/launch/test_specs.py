@@ -65,6 +65,11 @@ def test_what_is_refused(changes, match):
   assert '\n' not in str(refusal.value)
 
 
+def test_zones_that_there_are():
+  for zone in ('us-west4-a', 'us-south1-ai1b', 'northamerica-northeast1-c'):
+    assert spec(zone=zone).zone == zone
+
+
 @pytest.mark.parametrize('name', ['Gemma', '7b', 'a_b', 'a' * 41, 'a-', ''])
 def test_names_that_no_resource_can_have(name):
   with pytest.raises(UserError, match='--run: its last part'):
