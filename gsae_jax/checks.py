@@ -5,6 +5,15 @@ from typing import Any
 
 from gsae_jax.errors import UserError
 
+# Shapes, and what tokens are counted by.
+_FIXED = {'architecture', 'site', 'features', 'encoder', 'batch_size'}
+
+
+def is_fixed(field: str) -> bool:
+  """Whether a field, by its dotted name, cannot change within a run."""
+  first, _, rest = field.partition('.')
+  return first in ('saes', 'train') and rest.rpartition('.')[2] in _FIXED
+
 
 def choice(field: str, value: Any, allowed: tuple) -> None:
   """It is one of `allowed`."""

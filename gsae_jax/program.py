@@ -1,5 +1,6 @@
 """What every command shares: flags, one-line errors, exit codes, signals."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -104,11 +105,30 @@ def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as e:
-    _fail(_last_line(e))
+    said = _last_line(e)
+    missing = re.fullmatch(r'flag --(\S+)=None: .* other than None\.', said)
+    _fail(f'--{missing[1]} is missing; see --help' if missing else said)
   except Exception as e:  # Whatever the user's config file raises.
+    if unknown := _unknown_field(e, argv):
+      _fail(unknown)
     # A config file that refuses its argument says all that there is to say.
     kind = '' if isinstance(e, ValueError) else f'{type(e).__name__}: '
     _fail(f'--config: {kind}{_last_line(e)}')
+
+
+def _unknown_field(error: Exception, argv: list[str]) -> str | None:
+  """What to say where a flag names a field that the config lacks."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  if not isinstance(error, KeyError):
+    return None
+  name, *near = re.findall(r'[\'"](\w+)[\'"]', str(error.args[0])) or ['']
+  for given in argv:
+    flag = given.partition('=')[0]
+    if name and flag.startswith('--config.') and name in flag.split('.'):
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      return f'{flag}: the config has no {name!r}{hint}'
+  return None
 
 
 def _fail(reason) -> None:

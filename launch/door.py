@@ -1,5 +1,6 @@
 """The door: flags that targets share, and the run that they describe."""
 
+import difflib
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from gsae_jax import paths, program
+from gsae_jax import checks, paths, program
 from gsae_jax.errors import UserError
 from launch import identity, package, specs
 from launch.submission import Submission
@@ -94,8 +95,15 @@ def read_launch(target: str, *, remote: bool) -> tuple[epath.Path, dict]:
   return run, launch
 
 
-def read_submission(*, remote: bool) -> Submission:
+def read_submission(
+  *, chips: int, remote: bool, bare: bool = False
+) -> Submission:
   """What the flags of `submit` describe.
+
+  Args:
+    chips: that training is divided over.
+    remote: other machines run it.
+    bare: there is nothing on them but what is sent.
 
   Raises:
     UserError: they do not fit together, or to the working tree.
@@ -107,21 +115,73 @@ def read_submission(*, remote: bool) -> Submission:
   store = flags.FLAGS.store
   if streams and store:
     raise UserError("--store: loader.source is 'stream'; leave it out")
-  if remote and store and paths.split(store)[0] not in ('gs', 's3'):
-    raise UserError(
-      f'--store: {store!r} is not in a bucket; give gs:// or s3://'
-    )
+  if store:
+    store = _store(store, remote=remote)
+  allowed = tuple(flags.FLAGS['allow-config-change'].value)
+  _check_allowed(allowed, config)
   root = package.root_of(pathlib.Path.cwd())
   code = package.pack(root)
+  if bare:
+    _check_reached(config, code)
+  mesh = chips if {'train', 'stream'} & set(steps) else None
   return Submission(
     run=run,
     config=config,
-    config_flags=_config_flags(root, code),
+    config_flags=_config_flags(root, code, mesh),
     steps=steps,
     store=None if streams else (store or f'{run}/store'),
-    allowed=tuple(flags.FLAGS['allow-config-change'].value),
+    allowed=allowed,
     code=code,
   )
+
+
+def _store(path: str, *, remote: bool) -> str:
+  """Where `--store` is, from any folder.
+
+  Raises:
+    UserError: others cannot reach it.
+  """
+  scheme, place = paths.split(path)
+  bucket, _, name = place.partition('/')
+  if remote and not (scheme in ('gs', 's3') and bucket and name):
+    raise UserError(
+      f'--store: {path!r} is not in a bucket; give gs://BUCKET/PATH or '
+      's3://BUCKET/PATH'
+    )
+  return path if scheme else str(pathlib.Path(path).expanduser().absolute())
+
+
+def _check_allowed(allowed: tuple[str, ...], config: dict[str, Any]) -> None:
+  """Refuses what no run lets change, before anything is written."""
+  names = {'store'}
+  for name in identity.flat(config):
+    parts = name.split('.')
+    names |= {'.'.join(parts[:n]) for n in range(1, len(parts) + 1)}
+  for field in allowed:
+    if field not in names:
+      near = difflib.get_close_matches(field, sorted(names), 1)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      raise UserError(
+        f'--allow-config-change: there is no field {field!r}{hint}'
+      )
+    if checks.is_fixed(field):
+      raise UserError(
+        f'--allow-config-change: {field} cannot change within a run; give this '
+        'one another name'
+      )
+
+
+def _check_reached(config: dict[str, Any], code: package.Code) -> None:
+  """Refuses files that lie here and are not sent."""
+  for section in ('lm', 'text'):
+    path = config[section]['path']
+    here = path.startswith(('/', '~', '.')) or pathlib.Path(path).exists()
+    sent = any(f == path or f.startswith(f'{path}/') for f in code.files)
+    if '://' not in path and here and not sent:
+      raise UserError(
+        f'--config.{section}.path: {path!r} is on this machine alone; give a hub '
+        'id, or put it into the clone, where git does not ignore it'
+      )
 
 
 def _steps(given: list[str] | None, streams: bool) -> tuple[str, ...]:
@@ -148,11 +208,18 @@ def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     raise UserError(f'--config: it is not of plain values ({e})') from e
 
 
-def _config_flags(root: pathlib.Path, code: package.Code) -> tuple[str, ...]:
+def _config_flags(
+  root: pathlib.Path, code: package.Code, chips: int | None
+) -> tuple[str, ...]:
   """What gives a program at the root of the packed tree this config.
 
+  Args:
+    root: of the tree.
+    code: what is sent of it.
+    chips: that its mesh is to cover.
+
   Raises:
-    UserError: its file is not in the tree.
+    UserError: its file is not in the tree, or it cannot be run.
   """
   flag = flags.FLAGS['config']
   name, colon, argument = config_flags.get_config_filename(flag).partition(':')
@@ -168,7 +235,8 @@ def _config_flags(root: pathlib.Path, code: package.Code) -> tuple[str, ...]:
     f'--config={below}{colon}{argument}',
     *(f'--config.{field}={value}' for field, value in changes.items()),
   )
-  _check_fields(root, found)
+  words = () if chips is None else (f'--chips={chips}',)
+  _check_fields(root, (*found, *words))
   return found
 
 

@@ -53,7 +53,8 @@ def submit() -> None:
   if given.evaluator:
     roles['evaluator'] = _spec(given.evaluator, '--evaluator', 1)
   environment = door.read_environment()
-  run = door.read_submission(remote=True)
+  chips = roles['trainer'].slice.chips * given.slices
+  run = door.read_submission(chips=chips, remote=True)
   check_hosts(run, roles['trainer'].slice.hosts * given.slices)
   dry = given.dry_run
   date = identity.now() if dry else date_of_packages(run.run)

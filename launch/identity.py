@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from gsae_jax import paths
+from gsae_jax import checks, paths
 from gsae_jax.errors import UserError
 from launch.patience import Unreachable
 
@@ -130,9 +130,16 @@ def check_config(
   found = [
     line
     for line in differences(there, config)
-    if not any(line.startswith((f'{a} ', f'{a}.')) for a in allowed)
+    if checks.is_fixed(line.split()[0])
+    or not any(line.startswith((f'{a} ', f'{a}.')) for a in allowed)
   ]
   if found:
+    fixed = [line for line in found if checks.is_fixed(line.split()[0])]
+    if fixed:
+      raise UserError(
+        f'--run: {run.name} has another config ({fixed[0]}), and this field '
+        'cannot change within a run; give this one another name'
+      )
     more = f', and {len(found) - 3} more' if len(found) > 3 else ''
     raise UserError(
       f'--run: {run.name} has another config ({"; ".join(found[:3])}{more}); '

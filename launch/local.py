@@ -6,16 +6,18 @@ goes on as there: a signal to one of the workers stops all of them.
 
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
 from gsae_jax.errors import FAILED, PREEMPTED, UserError
-from launch import door, identity, view
+from launch import door, identity, package, view
 from launch.submission import Submission, asked_before, check_hosts
 
 _POLL = 0.05
@@ -36,7 +38,8 @@ def submit() -> int:
   for name in ('processes', 'devices'):
     if given[name].value < 1:
       raise UserError(f'--{name}: {given[name].value} is less than 1')
-  run = door.read_submission(remote=False)
+  chips = given.processes * given.devices
+  run = door.read_submission(chips=chips, remote=False)
   check_hosts(run, given.processes)
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
@@ -71,24 +74,28 @@ def submit() -> int:
 def _run(
   run: Submission, commands: list[list[str]], environment: dict[str, str]
 ) -> int:
-  workers = []
+  workers: list[subprocess.Popen] = []
+  launch = {'target': 'local', 'code': run.code.id, 'pids': []}
 
   def forward(number, frame):
     del frame
-    for w in workers:
-      if w.poll() is None:
-        w.send_signal(number)
+    left = [w for w in workers if w.poll() is None]
+    for w in left:
+      w.send_signal(number)
+    if not left:
+      _send(launch, number)
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, forward)
   for command in commands:  # Each alone in its group: signals come from here.
-    workers.append(
-      subprocess.Popen(
-        command, env=os.environ | environment, start_new_session=True
-      )
+    worker = subprocess.Popen(
+      command,
+      cwd=package.root_of(pathlib.Path.cwd()),
+      env=os.environ | environment,
+      start_new_session=True,
     )
-  pids = [w.pid for w in workers]
-  launch = {'target': 'local', 'code': run.code.id, 'pids': pids}
+    workers.append(worker)
+    launch['pids'].append(worker.pid)
   identity.write_json(run.run / 'launch.json', launch)
   code = _wait(workers)
   _stop(launch)  # The step of a worker that was killed.
@@ -111,31 +118,49 @@ def _wait(workers: list[subprocess.Popen]) -> int:
   return worst
 
 
-def _alive(launch: dict) -> list[int]:
-  """A run's workers and their steps that are still there, workers first."""
+def _commands() -> Iterator[tuple[int, str]]:
+  """Processes of this machine, and what they were started as."""
+  proc = pathlib.Path('/proc')
+  if (proc / 'self').exists():
+    for folder in proc.glob('[0-9]*'):
+      with contextlib.suppress(OSError):  # It is gone.
+        words = (folder / 'cmdline').read_bytes().decode(errors='replace')
+        yield int(folder.name), words.replace('\0', ' ')
+    return
   shown = subprocess.run(
     ['ps', '-A', '-ww', '-o', 'pid=', '-o', 'command='],
     capture_output=True,
     text=True,
   )
-  found = []
   for line in shown.stdout.splitlines():
     pid, _, command = line.strip().partition(' ')
+    yield int(pid), command
+
+
+def _alive(launch: dict) -> list[int]:
+  """A run's workers that are still there, and steps whose worker is not."""
+  found = {}
+  for pid, command in _commands():
     # Not another that has its number now.
     if '-m launch.worker' in command or '-m gsae_jax.' in command:
       with contextlib.suppress(OSError):
-        if os.getsid(int(pid)) in launch['pids']:  # Each has a session.
-          found.append(int(pid))
-  return sorted(found, key=lambda pid: pid not in launch['pids'])
+        session = os.getsid(pid)  # Each worker has one.
+        if session in launch['pids']:
+          found[pid] = session
+  return [p for p, of in found.items() if p == of or of not in found]
 
 
 def _stop(launch: dict) -> None:
   """Makes what is still there save and leave, and waits for it."""
-  for pid in _alive(launch):
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, signal.SIGTERM)
+  _send(launch, signal.SIGTERM)
   while _alive(launch):
     time.sleep(_POLL)
+
+
+def _send(launch: dict, number: int) -> None:
+  for pid in _alive(launch):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, number)
 
 
 def _list(pids: list[int]) -> str:

@@ -44,16 +44,24 @@ def root_of(folder: pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: it is in none.
   """
+  clone = 'start from a clone of the repository'
   try:
     top = _git(folder, 'rev-parse', '--show-toplevel')
   except FileNotFoundError as e:
     raise UserError('git is not installed; a run records its commit') from e
   except subprocess.CalledProcessError as e:
     raise UserError(
-      f'{folder} is not in a git tree, and a run records its commit; start from '
-      'a clone of the repository, or make it one: git init && git add -A'
+      f'{folder} is not in a git tree, and a run records its commit; {clone}, or '
+      'make a copy one: git init && git add -A'
     ) from e
-  return pathlib.Path(top.decode().strip())
+  root = pathlib.Path(top.decode().strip())
+  for name in ('pyproject.toml', 'launch/worker.py'):
+    if not (root / name).is_file():
+      raise UserError(
+        f'{root}: it has no {name}, which machines install and start; {clone}, '
+        'with your own files in it'
+      )
+  return root
 
 
 def pack(root: pathlib.Path) -> Code:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 from gsae_jax.errors import UserError
 
@@ -102,7 +103,7 @@ def parse_slice(text: str, flag: str) -> Slice:
   """
   generation, _, topology = text.partition(':')
   if generation not in GENERATIONS:
-    for other in _all_slices():
+    for other in all_slices():
       if other.accelerator_type == text:
         raise UserError(f'{flag}: {text!r} is called {other} here; give that')
     raise UserError(
@@ -118,7 +119,7 @@ def parse_slice(text: str, flag: str) -> Slice:
   return Slice(generation, topology)
 
 
-def _all_slices():
+def all_slices() -> Iterator[Slice]:
   for name, generation in GENERATIONS.items():
     for topology in generation.topologies:
       yield Slice(name, topology)

@@ -4,6 +4,7 @@ import json
 
 from absl import flags
 
+from gsae_jax.errors import UserError
 from launch import door, identity, queued, specs, view
 from launch.follow import follow
 from launch.script import startup_script
@@ -53,7 +54,8 @@ def submit() -> None:
   if given.evaluator:
     roles['evaluator'] = _spec(given.evaluator, '--evaluator', 1, None)
   environment = door.read_environment()
-  run = door.read_submission(remote=True)
+  chips = roles['trainer'].slice.chips * given.slices
+  run = door.read_submission(chips=chips, remote=True, bare=True)
   hosts = roles['trainer'].slice.hosts * given.slices
   check_hosts(run, hosts)
   dry = given.dry_run
@@ -87,8 +89,18 @@ def submit() -> None:
     tuple(roles),
     {'date': date, 'keep': given.keep, 'requests': requests},
   )
+  asked_for = []
   for request in requests.values():
-    cloud.create(queued.from_json(request))
+    try:
+      cloud.create(queued.from_json(request))
+    except UserError as e:
+      if not asked_for:
+        raise
+      raise UserError(
+        f'{e}; {asked_for[0]} was asked for before: python -m launch tpu delete '
+        f'--run={run.run} takes it back'
+      ) from e
+    asked_for.append(queued.full_name(request))
   print(f'{run.name}: {hosts} hosts asked for; `launch tpu watch` follows it')
 
 

@@ -10,9 +10,9 @@ be taken away, make the step save and leave; the worker then leaves with 42.
 """
 
 import argparse
+import functools
 import http.client
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -123,8 +123,7 @@ class Worker:
 
   def _start(self, step: str) -> int:
     words = command(self._given, step)
-    if shutil.which('setpriv'):  # It stops too if this process is killed.
-      words = ['setpriv', '--pdeathsig', 'TERM', *words]
+    words = [*_with_parent(), *words]
     # Alone in its group: signals come from here, and once.
     self._child = child = subprocess.Popen(
       words,
@@ -182,6 +181,17 @@ class Worker:
   def _say(self, text: str) -> None:
     # Not print: a signal's handler must not find its buffer in use.
     os.write(2, f'worker {self._host}: {text}\n'.encode())
+
+
+@functools.cache
+def _with_parent() -> tuple[str, ...]:
+  """What in front of a command sends it SIGTERM if this process is killed."""
+  words = ('setpriv', '--pdeathsig', 'TERM')  # Not all of Linux has it.
+  try:
+    done = subprocess.run([*words, 'true'], capture_output=True)
+  except OSError:
+    return ()
+  return words if done.returncode == 0 else ()
 
 
 def command(given: argparse.Namespace, step: str) -> list[str]:

@@ -16,14 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gsae_jax import paths
+from gsae_jax import checks, paths
 from gsae_jax.activations.store import differences
 from gsae_jax.errors import UserError
 
 SCHEMA = 4
-
-# What cannot change within a run: shapes, and what tokens are counted by.
-_FIXED = {'architecture', 'site', 'features', 'encoder', 'batch_size'}
 
 
 def _reason(e: Exception) -> str:
@@ -231,7 +228,7 @@ def check_metadata(
   found = []
   for line in differences(there, here):
     field = line.split(' ', 1)[0]
-    if field.rpartition('.')[2] in _FIXED:
+    if checks.is_fixed(field):
       raise UserError(
         f'--workdir: {where} holds checkpoints of another config ({line}), and '
         'this field cannot change within a run; give another folder'

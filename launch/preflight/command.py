@@ -44,7 +44,7 @@ def main() -> int:
   jax.config.update('jax_platforms', 'cpu')
   config = config_lib.parse(program.read_config(_CONFIG))
   machine = topology.machine(_TOPOLOGY.value)
-  for part in _PARTS.value:
+  for part in _PARTS.value or ['']:
     if part not in parts.PARTS:
       raise UserError(
         f'--parts: {part!r} is not one of {", ".join(parts.PARTS)}'

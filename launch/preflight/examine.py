@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from gsae_jax.config import Config
+from gsae_jax.errors import UserError
 from gsae_jax.mesh import axis_sizes, make_mesh
 from launch.preflight import (
   measure,
@@ -63,6 +64,11 @@ def examine(
   """
   mesh = config.mesh
   sizes = axis_sizes(mesh.data, mesh.model, mesh.sae, machine.chips)
+  if config.loader.source == 'stream' and machine.hosts > 1:
+    raise UserError(
+      f"loader.source: 'stream' runs in one process, and {machine.name} has "
+      f'{machine.hosts} hosts; harvest a store, or take a slice of one host'
+    )
   chips = topology.devices(machine)
   found = Found(sizes, [], {}, [])
   steps = remedies.Steps(model)
@@ -86,7 +92,7 @@ def examine(
     look(parts.harvest(config, model, machine))
   if 'train' in wanted:
     made = make_mesh(mesh.data, mesh.model, mesh.sae, chips)
-    look(parts.train(config, model, machine, made), steps.measure(config.train))
+    look(parts.train(config, model, machine, made), steps.measure)
     _compare(found, config, model, machine, steps, tries, say)
   if 'evaluate' in wanted:
     look(parts.evaluate(config, model, machine))
@@ -130,7 +136,10 @@ def _compare(
 
   if not total['fits']:
     now = meshes.estimate(work, machine, *sizes)
-    kinds = remedies.of_training(work, machine, now)
+    beside = 0
+    if config.loader.source == 'stream':
+      beside = found.totals['harvest']['needs']
+    kinds = remedies.of_training(work, machine, now, beside)
     would = remedies.confirmed(kinds, with_change, say)
     found.problems.append(_problem(total, machine, would))
 

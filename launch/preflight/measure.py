@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -36,6 +36,8 @@ class Program:
     fn: jitted or pmapped.
     args: abstract.
     kwargs: static.
+    key: what of it `fn` was made of; on one mesh, programs with equal keys and
+      arguments are one.
   """
 
   part: str
@@ -47,6 +49,7 @@ class Program:
   fn: Callable[..., Any]
   args: tuple[Any, ...]
   kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  key: Hashable = None
 
   def products(self) -> products.Products:
     return products.count(self.fn, *self.args, **self.kwargs)

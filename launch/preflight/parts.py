@@ -1,5 +1,6 @@
 """The parts of an experiment on a machine: their programs, and what they add up to."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from gsae_jax.config import Config
 from gsae_jax.lm.weights import DTYPES
+from gsae_jax.sae import variant
 from launch.preflight import programs as programs_lib
 from launch.preflight.evaluation import Evaluation
 from launch.preflight.measure import DoesNotFit, Program, measure
@@ -70,6 +72,7 @@ def train(config: Config, model: Model, machine: Machine, mesh: Mesh) -> Part:
   sites = tuple(dict.fromkeys(m.site for m in config.saes))
   groups = programs_lib.groups(config, model.widths(sites), mesh)
   made = [programs_lib.step(g, config, machine, mesh) for g in groups]
+  made = _told_apart(groups, made)
   states = sum(int(p.runs) * _bytes(p.args[0]) for p in made)
   batch = {
     site: p.args[1][0]
@@ -85,6 +88,24 @@ def train(config: Config, model: Model, machine: Machine, mesh: Mesh) -> Part:
     config.train.batch_size,
     _row_bytes(config, model, sites) if stored else 0,
   )
+
+
+def _told_apart(
+  groups: list[programs_lib.Group], made: list[Program]
+) -> list[Program]:
+  """Steps, with what tells those of one name apart in it."""
+  for more in (
+    lambda g: f', D={g.module.width}',
+    lambda g: f', {variant(dataclasses.asdict(g.members[0].config))}',
+  ):
+    count = collections.Counter(p.name for p in made)
+    made = [
+      dataclasses.replace(p, name=f'{p.name}{more(g)}'.rstrip(', '))
+      if count[p.name] > 1
+      else p
+      for g, p in zip(groups, made, strict=True)
+    ]
+  return made
 
 
 def evaluate(config: Config, model: Model, machine: Machine) -> Part:

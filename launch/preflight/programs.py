@@ -117,6 +117,7 @@ def step(group: Group, config: Config, machine: Machine, mesh: Mesh) -> Program:
       Hyperparameters(*[scalar] * len(Hyperparameters._fields)),
     ),
     kwargs={'which': which if len(sites) > 1 else None},
+    key=(module, make_recipe(config.train), stacked, way),
   )
 
 

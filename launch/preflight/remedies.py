@@ -5,7 +5,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gsae_jax.config import Config, TrainConfig
+import jax
+
+from gsae_jax.config import Config
 from gsae_jax.errors import UserError
 from gsae_jax.mesh import make_mesh
 from launch.preflight import meshes, parts, topology
@@ -36,56 +38,72 @@ class Remedy:
 
 
 def of_training(
-  work: meshes.Work, machine: Machine, now: meshes.Estimate
+  work: meshes.Work, machine: Machine, now: meshes.Estimate, beside: float = 0
 ) -> list[Iterator[Remedy]]:
   """What would fit by the model of memory, where the config's mesh does not.
+
+  Args:
+    work: what is trained.
+    machine: on which chips.
+    now: the config's mesh.
+    beside: bytes of a chip that a language model takes, which training has along;
+      then it has one host only.
 
   Returns:
     A list of each kind, the least change first.
   """
+  room = machine.chip.usable - beside
   return [
-    _other_meshes(work, machine, now),
-    _microbatches(work, machine, now),
-    _fewer_saes(work, machine, now),
-    _more_chips(work, machine),
+    _other_meshes(work, machine, now, room),
+    _microbatches(work, machine, now, room),
+    _fewer_saes(work, machine, now, room),
+    _more_chips(work, machine, room, hosts=1 if beside else None),
   ]
 
 
-def _other_meshes(work: meshes.Work, machine: Machine, now: meshes.Estimate):
+def _other_meshes(
+  work: meshes.Work, machine: Machine, now: meshes.Estimate, room
+):
   for other in meshes.rank(work, machine):
-    if other.needs <= machine.chip.usable and other.sizes != now.sizes:
+    if other.needs <= room and other.sizes != now.sizes:
       words = f'mesh {other} on the same chips'
       yield Remedy(words, work.config, machine, other.sizes)
 
 
-def _microbatches(work: meshes.Work, machine: Machine, now: meshes.Estimate):
+def _microbatches(
+  work: meshes.Work, machine: Machine, now: meshes.Estimate, room
+):
   train = work.config.train
   parts = 2 * train.microbatches
   while train.batch_size % (now.data * parts) == 0:
     smaller = meshes.estimate(work, machine, *now.sizes, microbatches=parts)
-    if smaller.needs <= machine.chip.usable:
+    if smaller.needs <= room:
       changed = dataclasses.replace(train, microbatches=parts)
       config = dataclasses.replace(work.config, train=changed)
       yield Remedy(f'train.microbatches={parts}', config, machine, now.sizes)
     parts *= 2
 
 
-def _fewer_saes(work: meshes.Work, machine: Machine, now: meshes.Estimate):
+def _fewer_saes(
+  work: meshes.Work, machine: Machine, now: meshes.Estimate, room
+):
   saes = work.config.saes
   for count in range(len(saes) - 1, 0, -1):
     few = work.first(count)
     if meshes.divides(few, *now.sizes):
-      if meshes.estimate(few, machine, *now.sizes).needs <= machine.chip.usable:
+      if meshes.estimate(few, machine, *now.sizes).needs <= room:
         config = dataclasses.replace(work.config, saes=saes[:count])
         words = f'{count} of the {len(saes)} SAEs at a time'
         yield Remedy(words, config, machine, now.sizes)
 
 
-def _more_chips(work: meshes.Work, machine: Machine):
+def _more_chips(work: meshes.Work, machine: Machine, room, hosts: int | None):
   for name in _larger(machine):
     more = topology.machine(name)
+    if hosts and more.hosts > hosts:
+      continue
     best = meshes.rank(work, more)
-    if best and best[0].needs <= more.chip.usable:
+    if best and best[0].needs <= room:
       words = f'{name} with mesh {best[0]}'
       yield Remedy(words, work.config, more, best[0].sizes)
 
@@ -104,17 +122,15 @@ class Steps:
     self._model = model
     self._measured = {}
 
-  def measure(self, train: TrainConfig) -> Callable[[Program], dict[str, Any]]:
-    """`measure.measure` of programs of such a training."""
-
-    def once(program: Program) -> dict[str, Any]:
-      sizes = tuple(program.mesh.shape.values())
-      key = program.machine.name, sizes, train, program.name
-      if key not in self._measured:
-        self._measured[key] = measure(program)
-      return self._measured[key]
-
-    return once
+  def measure(self, program: Program) -> dict[str, Any]:
+    """`measure.measure` of a train step."""
+    leaves, tree = jax.tree.flatten(program.args)
+    shapes = tuple((a.shape, str(a.dtype), a.sharding) for a in leaves)
+    which = program.kwargs['which']
+    key = program.machine.name, program.key, str(tree), shapes, which
+    if key not in self._measured:
+      self._measured[key] = measure(program)
+    return self._measured[key]
 
   def total(
     self, config: Config, machine: Machine, sizes: tuple[int, int, int]
@@ -123,7 +139,7 @@ class Steps:
     sae, data, model = sizes
     mesh = make_mesh(data, model, sae, topology.devices(machine))
     part = parts.train(config, self._model, machine, mesh)
-    rows = list(parts.measured(part, self.measure(config.train)))
+    rows = list(parts.measured(part, self.measure))
     return parts.total(part, rows, machine)
 
 

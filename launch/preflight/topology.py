@@ -16,6 +16,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from gsae_jax.errors import UserError  # noqa: E402
+from launch import specs  # noqa: E402
 from launch.preflight.roofline import CHIPS, Chip  # noqa: E402
 
 # Of each generation, from few chips to many.
@@ -68,6 +69,11 @@ def machine(name: str) -> Machine:
   """
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
   if not match or match[1] not in CHIPS:
+    for other in specs.all_slices():
+      if other.accelerator_type == name and other.generation in CHIPS:
+        raise UserError(
+          f'--topology: {name!r} is called {other} here; give that'
+        )
     known = ', '.join(f'{g}:{shapes[2]}' for g, shapes in SLICES.items())
     raise UserError(
       f'--topology: {name!r} is not known; give a generation of '

@@ -112,6 +112,18 @@ def test_one_line_for_each_mistake(launch, tmp_path):
     '--config=nowhere.py': 'nowhere.py',
     f'--config={config}': 'mine.py is not among the files that are sent',
     '--config.train.steps=0': 'config field train.steps: 0 is too small',
+    '--config.train.stepz=3': (
+      "--config.train.stepz: the config has no 'stepz'; did you mean 'steps'?"
+    ),
+    '--config.mesh.model=3': 'model=3 does not cover 16 device(s)',
+    '--config.lm.path=/home/me/gemma': (
+      "--config.lm.path: '/home/me/gemma' is on this machine alone; give a hub id"
+    ),
+    '--store=gs://': "--store: 'gs://' is not in a bucket; give gs://BUCKET/PATH",
+    '--allow-config-change=train.stepz': "did you mean 'train.steps'?",
+    '--allow-config-change=train.batch_size': (
+      '--allow-config-change: train.batch_size cannot change within a run'
+    ),
   }
   for flag, match in flags.items():
     refuse(launch, *TPU, flag, match=match)
@@ -119,7 +131,7 @@ def test_one_line_for_each_mistake(launch, tmp_path):
   refuse(launch, *TPU, full, folder=tmp_path, match='not in a git tree')
   refuse(launch, 'tpus', match="'tpus' is not one of preflight, tpu, gke, loc")
   refuse(launch, 'tpu', match='must be one of submit, status, watch, logs, del')
-  refuse(launch, 'gke', 'submit', match='must have a value other than None')
+  refuse(launch, 'gke', 'submit', match='is missing; see --help')
   refuse(launch, 'tpu', 'status', '--zone=x', match="command line flag 'zone'")
 
 

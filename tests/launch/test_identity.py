@@ -68,6 +68,10 @@ def test_another_config_under_a_name_is_refused(tmp_path):
   with pytest.raises(UserError, match='train.steps'):
     identity.check_config(first.run, other, ('lm', 'saes.b', 'train.step'))
   identity.check_config(first.run, other, ('lm', 'saes.b', 'train.steps'))
+  wider = json.loads(json.dumps(CONFIG))
+  wider['saes'][0]['features'] = 7
+  with pytest.raises(UserError, match=r'\.features is .* cannot change within'):
+    identity.check_config(first.run, wider, ('saes',))
 
 
 def test_another_target_waits_until_the_first_is_over(tmp_path):

@@ -110,6 +110,25 @@ def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
 
 
 @pytest.mark.slow
+def test_a_run_is_started_from_any_folder_of_the_clone(tmp_path):
+  code = """
+import os, sys
+os.chdir('experiments')
+from launch.__main__ import main
+main(['launch', 'local', 'submit', '--config=smoke.py', '--steps=evaluate', *sys.argv[1:]])
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code, f'--run={tmp_path}'],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  # It read the config, and found that nothing was trained.
+  assert done.returncode == 1 and 'no checkpoints at' in done.stdout, done
+
+
+@pytest.mark.slow
 def test_delete_stops_a_run_and_watch_sees_its_end(smoke, tmp_path):
   endless = '--config.train.steps=1000000'
   process = submit(smoke[0], tmp_path, endless, hosts=1)

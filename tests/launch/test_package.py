@@ -67,6 +67,13 @@ def test_the_same_files_are_the_same_bytes(tree, monkeypatch):
 
 def test_below_the_root_and_without_a_commit(tree, tmp_path_factory):
   (tree / 'below').mkdir()
+  with pytest.raises(
+    UserError, match='it has no pyproject.toml, which machines'
+  ):
+    package.root_of(tree)
+  (tree / 'pyproject.toml').touch()
+  (tree / 'launch').mkdir()
+  (tree / 'launch' / 'worker.py').touch()
   assert package.root_of(tree / 'below') == tree
   new = tmp_path_factory.mktemp('new')
   subprocess.run(['git', 'init'], cwd=new, check=True, capture_output=True)

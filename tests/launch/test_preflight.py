@@ -1,5 +1,7 @@
 """What a run would take of TPUs: read from texts, from models, by the compiler."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
 from launch.preflight import (
   compiled,
+  examine,
   meshes,
   parts,
   products,
@@ -216,6 +219,7 @@ def test_hosts_of_a_slice(name, chips, hosts, host):
   [
     ('v7:2x2', "'v7:2x2' is not known.*v5e, v5p, v6e.*v5e:2x4"),
     ('v5e', "'v5e' is not known"),
+    ('v5litepod-16', "'v5litepod-16' is called v5e:4x4 here; give that"),
     ('v5e:2x4x2', 'must have 2 axes.*v5e:2x4'),
     ('v5p:2x2', 'must have 3 axes'),
     ('v6e:0x4', 'one chip or more'),
@@ -318,11 +322,65 @@ def test_what_would_fit_is_said(work):
   assert mesh.sizes == (1, 1, 4) and fewer.sizes == (1, 4, 1)
   assert mesh.config is work.config and len(fewer.config.saes) == 1
   assert more.machine.chips == 8 and more.sizes == (1, 1, 8)
+  # With a language model beside it there is less room, and one host.
+  assert {r.machine.hosts for r in found[3]} > {1}
+  half = machine.chip.usable / 2
+  along = remedies.of_training(work, machine, now, half)
+  few, more = list(along[2]), list(along[3])
+  assert few == [] and [r.machine.name for r in more] == ['v5e:2x4']
   # Of codes `[B, F]` an eighth is held, and gradients are summed up.
   whole, small = (
     meshes.estimate(work, machine, 1, 1, 4, microbatches=n) for n in (1, 8)
   )
   assert 0.9e9 < whole.needs - small.needs < 1.2e9
+
+
+@pytest.mark.parametrize(
+  'experiment, names',
+  [
+    (
+      'smoke',
+      [
+        'step, gated 64, D=128', 'step, gated 64, D=512',
+        'step, relu 96, D=128', 'step, relu 96, D=512',
+      ],
+    ),
+    ('variants', None),
+  ],
+)  # fmt: skip
+def test_each_step_is_compiled_once(experiment, names, monkeypatch):
+  module = importlib.import_module(f'experiments.{experiment}')
+  config = config_lib.parse(module.get_config())
+  one = jax.sharding.Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), ('sae', 'data', 'model')
+  )
+  model = types.SimpleNamespace(
+    widths=lambda sites: {s: 512 if 'hidden' in s else 128 for s in sites},
+    module=types.SimpleNamespace(
+      config=types.SimpleNamespace(
+        site_widths=lambda: dict.fromkeys(config.sites, 128)
+      )
+    ),
+  )
+  machine = topology.machine('v5e:1x1')
+  part = parts.train(config, model, machine, one)
+  found = sorted(p.name for p in part.programs)
+  assert len(set(found)) == len(found) > 3 and names in (None, found)
+  asked = []
+  monkeypatch.setattr(
+    remedies, 'measure', lambda program: asked.append(program.name) or {}
+  )
+  steps = remedies.Steps(model)
+  for again in (part, parts.train(config, model, machine, one)):
+    for program in again.programs:
+      steps.measure(program)
+  assert sorted(asked) == found
+  half = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, microbatches=2)
+  )
+  for program in parts.train(half, model, machine, one).programs:
+    steps.measure(program)
+  assert len(asked) == 2 * len(found)
 
 
 def test_only_what_fits_when_it_is_compiled_is_said():
@@ -393,6 +451,14 @@ def test_a_streamed_model_takes_turns_with_training():
   ]
   assert bounds == ['compute', 'memory']
   assert show.summary(both, machine, None)[0].endswith('DOES NOT FIT')
+
+
+def test_a_streamed_model_has_one_host():
+  raw = smoke.get_config()
+  raw.loader.source = 'stream'
+  machine = topology.machine('v5e:4x4')
+  with pytest.raises(UserError, match='one process, and v5e:4x4 has 4 hosts'):
+    examine.examine(config_lib.parse(raw), None, machine)
 
 
 def test_the_page_has_what_was_found():

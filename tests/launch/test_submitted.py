@@ -15,7 +15,7 @@ from launch import door, identity
 from tests.launch.runs import submission
 
 run = submission(sys.argv[1])
-door.read_submission = lambda remote: run
+door.read_submission = lambda **how: run
 door.read_launch = lambda target, remote: (
   run.run, identity.read_json(run.run / 'launch.json')
 )
@@ -46,6 +46,7 @@ def delete_and_hear(cloud, name):
   identity.tell(run.run, 'trainer', 'preempted', 'train', 'SIGTERM came')
 
 with fake_tpu() as fake:
+  queued_cloud = queued.Cloud
   cloud = queued.Cloud(fake.client, lambda seconds: None)
   queued.Cloud = lambda pause=None: cloud
   call(tpu, 'submit')
@@ -56,7 +57,18 @@ with fake_tpu() as fake:
   call(tpu, 'delete')
   states()
   call(tpu, 'submit', zone='us-east1-c')
-  print(*(f'{call} {name[30:]}' for call, name in fake.calls), sep='\\n')
+  call(tpu, 'delete')
+  calls = list(fake.calls)
+  create = queued_cloud.create
+
+  def all_but_one(cloud, request):
+    if request.queued_resource_id.endswith('-eval'):
+      raise UserError('there is no quota')
+    create(cloud, request)
+
+  queued_cloud.create = all_but_one
+  call(tpu, 'submit', evaluator='v5e:2x2')
+  print(*(f'{call} {name[30:]}' for call, name in calls), sep='\\n')
 """
 GKE = """
 from launch import gke, kubectl
@@ -113,7 +125,9 @@ def said(script, folder):
 
 
 def test_a_run_on_cloud_tpu(tmp_path):
-  asked, elsewhere, alone, gone, states, again, *calls = said(TPU, tmp_path)
+  asked, elsewhere, alone, gone, states, again, _, half, *calls = said(
+    TPU, tmp_path
+  )
   west, east = (
     f'{z}/queuedResources/run1' for z in ('us-west4-a', 'us-east1-c')
   )
@@ -124,7 +138,12 @@ def test_a_run_on_cloud_tpu(tmp_path):
   assert calls == [
     f'create {west}', f'create {west}-eval', f'force delete {west}',
     f'force delete {west}', f'force delete {west}-eval', f'create {east}',
+    f'force delete {east}',
   ]  # fmt: skip
+  assert half.startswith(
+    f'there is no quota; projects/my-project/locations/{east}'
+  )
+  assert half.endswith(f'launch tpu delete --run={tmp_path}/run1 takes it back')
 
 
 def test_a_run_on_gke(tmp_path):

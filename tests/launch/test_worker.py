@@ -190,6 +190,16 @@ def test_a_worker_that_is_killed_leaves_no_step_behind(tmp_path):
     time.sleep(0.01)
 
 
+def test_a_setpriv_that_lacks_the_option_is_left_out(tmp_path):
+  old = tmp_path / 'bin' / 'setpriv'
+  old.parent.mkdir()
+  old.write_text('#!/bin/sh\nexit 1\n')
+  old.chmod(0o755)
+  run = Run(tmp_path, train='0')
+  code, out, err = end(run.start(PATH=f'{old.parent}:{os.environ["PATH"]}'))
+  assert code == 0 and run.order() == ['train'], err
+
+
 def test_a_run_that_was_deleted_stays_so(tmp_path):
   run = Run(tmp_path, train='waits')
   process = run.start()
