@@ -99,6 +99,9 @@ def _guarded(main, given: list[str], arguments: tuple[str, ...]) -> None:
     said = ' '.join(str(e).split())
     what = f'{e.filename}: {e.strerror}' if e.filename else said
     _fail(f'{what}; check the path and its permissions')
+  finally:
+    # Python takes its handlers away before it ends, and what is done is done.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

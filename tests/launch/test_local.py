@@ -58,6 +58,25 @@ def test_a_machine_that_goes_down_sends_more_than_one_signal():
   assert done.returncode == -signal.SIGINT
 
 
+END = """
+import signal, sys
+from gsae_jax import program
+sys.argv = ['x']
+seen = program.Preemption()
+try:
+  program.run(lambda: 42)
+except SystemExit as e:
+  print(e.code, signal.getsignal(signal.SIGTERM).name)
+"""
+
+
+def test_a_signal_after_the_end_does_not_change_the_code():
+  done = subprocess.run(
+    [sys.executable, '-c', END], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.stdout == '42 SIG_IGN\n', done.stderr
+
+
 def local(verb, run, *flags):
   return subprocess.Popen(
     [sys.executable, '-m', 'launch', 'local', verb, f'--run={run}', *flags],
