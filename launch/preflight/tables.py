@@ -62,29 +62,16 @@ class Case:
   Attributes:
     experiment: of the folder `experiments`.
     topology: the slice.
-    layout: lm.layout, where it is not the config's.
-    model: mesh.model, where it is not to be chosen.
-    wanted: which parts.
   """
 
   experiment: str
   topology: str
-  layout: str | None = None
-  model: int | None = None
-  wanted: tuple[str, ...] = parts.PARTS
 
   def __str__(self) -> str:
-    layout = f', {self.layout}' if self.layout else ''
-    return f'{NAMES[self.experiment]} on {self.topology}{layout}'
+    return f'{NAMES[self.experiment]} on {self.topology}'
 
 
-CASES = [
-  Case(experiment, topology) for experiment in RAW for topology in SLICES
-] + [
-  Case(
-    'gemma_7b', 'v5e:2x4', 'fully_sharded', 1, ('harvest', 'evaluate')
-  )
-]  # fmt: skip
+CASES = [Case(name, topology) for name in RAW for topology in SLICES]
 
 
 def resolve(case: Case, folder: str) -> tuple[Config, Model]:
@@ -100,13 +87,7 @@ def resolve(case: Case, folder: str) -> tuple[Config, Model]:
   pathlib.Path(folder, 'config.json').write_text(
     json.dumps(RAW[case.experiment])
   )
-  if case.layout:
-    raw.lm.layout = case.layout
   machine = topology.machine(case.topology)
-  if case.model:
-    raw.mesh.model = case.model
-    config = config_lib.parse(raw)
-    return config, read_model(config.lm)
   config = config_lib.parse(raw)
   model = read_model(config.lm)
   work = work_of(config, model, machine)
@@ -241,7 +222,7 @@ def main():
   jax.config.update('jax_platforms', 'cpu')
   done = read(args.results)
   for case in CASES:
-    for part in case.wanted:
+    for part in parts.PARTS:
       if args.only in f'{case} {part}' and (str(case), part) not in done:
         print(f'\n{case}', flush=True)
         row = compile_case(case, part)
