@@ -1,6 +1,8 @@
 """What a field of a config may be; each raises a UserError that names it."""
 
+import difflib
 import math
+from collections.abc import Collection
 from typing import Any
 
 from gsae_jax.errors import UserError
@@ -13,6 +15,14 @@ def is_fixed(field: str) -> bool:
   """Whether a field, by its dotted name, cannot change within a run."""
   first, _, rest = field.partition('.')
   return first in ('saes', 'train') and rest.rpartition('.')[2] in _FIXED
+
+
+def known_field(field: str, names: Collection[str]) -> None:
+  """Something that may change has this dotted name."""
+  if field not in names:
+    near = difflib.get_close_matches(field, sorted(names), 1)
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    raise UserError(f'--allow-config-change: there is no field {field!r}{hint}')
 
 
 def choice(field: str, value: Any, allowed: tuple) -> None:

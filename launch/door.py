@@ -1,6 +1,5 @@
 """The door: flags that targets share, and the run that they describe."""
 
-import difflib
 import json
 import os
 import pathlib
@@ -16,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from gsae_jax import checks, paths, program
+from gsae_jax import paths, program
 from gsae_jax.errors import UserError
 from launch import identity, package, specs
 from launch.submission import Submission
@@ -110,27 +109,27 @@ def read_submission(
   """
   run = run_folder(remote=remote)
   config = _plain(program.read_config(_CONFIG))
-  streams = config['loader']['source'] == 'stream'
+  # Whether it has all fields is looked at below.
+  streams = config.get('loader', {}).get('source') == 'stream'
   steps = _steps(flags.FLAGS.steps, streams)
   store = flags.FLAGS.store
   if streams and store:
     raise UserError("--store: loader.source is 'stream'; leave it out")
   if store:
     store = _store(store, remote=remote)
-  allowed = tuple(flags.FLAGS['allow-config-change'].value)
-  _check_allowed(allowed, config)
   root = package.root_of(pathlib.Path.cwd())
   code = package.pack(root)
+  trains = bool({'train', 'stream'} & set(steps))
+  config_flags = _config_flags(root, code, chips if trains else None)
   if bare:
     _check_reached(config, code)
-  mesh = chips if {'train', 'stream'} & set(steps) else None
   return Submission(
     run=run,
     config=config,
-    config_flags=_config_flags(root, code, mesh),
+    config_flags=config_flags,
     steps=steps,
     store=None if streams else (store or f'{run}/store'),
-    allowed=allowed,
+    allowed=tuple(flags.FLAGS['allow-config-change'].value),
     code=code,
   )
 
@@ -149,26 +148,6 @@ def _store(path: str, *, remote: bool) -> str:
       's3://BUCKET/PATH'
     )
   return path if scheme else str(pathlib.Path(path).expanduser().absolute())
-
-
-def _check_allowed(allowed: tuple[str, ...], config: dict[str, Any]) -> None:
-  """Refuses what no run lets change, before anything is written."""
-  names = {'store'}
-  for name in identity.flat(config):
-    parts = name.split('.')
-    names |= {'.'.join(parts[:n]) for n in range(1, len(parts) + 1)}
-  for field in allowed:
-    if field not in names:
-      near = difflib.get_close_matches(field, sorted(names), 1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise UserError(
-        f'--allow-config-change: there is no field {field!r}{hint}'
-      )
-    if checks.is_fixed(field):
-      raise UserError(
-        f'--allow-config-change: {field} cannot change within a run; give this '
-        'one another name'
-      )
 
 
 def _check_reached(config: dict[str, Any], code: package.Code) -> None:

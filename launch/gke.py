@@ -55,7 +55,7 @@ def submit() -> None:
   environment = door.read_environment()
   chips = roles['trainer'].slice.chips * given.slices
   run = door.read_submission(chips=chips, remote=True)
-  check_hosts(run, roles['trainer'].slice.hosts * given.slices)
+  check_hosts(run.store is None, roles['trainer'].slice.hosts * given.slices)
   dry = given.dry_run
   date = identity.now() if dry else date_of_packages(run.run)
   manifests = []

@@ -111,6 +111,15 @@ def differences(there: dict, here: dict) -> list[str]:
   ]
 
 
+def _names(*trees: dict) -> set[str]:
+  """Dotted names of all that configs have, and of groups of them."""
+  names = {'store'}
+  for name in set().union(*map(flat, trees)):
+    parts = name.split('.')
+    names |= {'.'.join(parts[:n]) for n in range(1, len(parts) + 1)}
+  return names
+
+
 def check_config(
   run: epath.Path, config: dict, allowed: tuple[str, ...] = ()
 ) -> None:
@@ -122,29 +131,32 @@ def check_config(
     allowed: fields that may differ, as `train.steps`.
 
   Raises:
-    UserError: names fields that differ.
+    UserError: names fields that differ, or of `allowed` one that there is not.
   """
-  there = read_json(run / 'config.json')
-  if there is None:
-    return
-  found = [
-    line
-    for line in differences(there, config)
-    if checks.is_fixed(line.split()[0])
-    or not any(line.startswith((f'{a} ', f'{a}.')) for a in allowed)
-  ]
-  if found:
-    fixed = [line for line in found if checks.is_fixed(line.split()[0])]
-    if fixed:
+  there = read_json(run / 'config.json') or config
+  names = _names(there, config)
+  for field in allowed:
+    checks.known_field(field, names)
+  found = []
+  for line in differences(there, config):
+    field = line.split()[0]
+    if _MISSING in line and field.startswith('saes.'):
+      # A member is left out, or added, as a whole.
+      field = '.'.join(field.split('.')[:2])
+    elif checks.is_fixed(field):
       raise UserError(
-        f'--run: {run.name} has another config ({fixed[0]}), and this field '
-        'cannot change within a run; give this one another name'
+        f'--run: {run.name} has another config ({line}), and this field cannot '
+        'change within a run; give this one another name'
       )
+    if not any(f'{field}.'.startswith(f'{a}.') for a in allowed):
+      found.append((field, line))
+  if found:
+    lines = '; '.join(line for _, line in found[:3])
     more = f', and {len(found) - 3} more' if len(found) > 3 else ''
     raise UserError(
-      f'--run: {run.name} has another config ({"; ".join(found[:3])}{more}); '
+      f'--run: {run.name} has another config ({lines}{more}); '
       'give this one another name, or allow the change by '
-      f'--allow-config-change={found[0].split()[0]}'
+      f'--allow-config-change={found[0][0]}'
     )
 
 

@@ -40,7 +40,7 @@ def submit() -> int:
       raise UserError(f'--{name}: {given[name].value} is less than 1')
   chips = given.processes * given.devices
   run = door.read_submission(chips=chips, remote=False)
-  check_hosts(run, given.processes)
+  check_hosts(run.store is None, given.processes)
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     place = f'127.0.0.1:{s.getsockname()[1]}'
@@ -87,10 +87,11 @@ def _run(
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, forward)
+  root = package.root_of(pathlib.Path.cwd())
   for command in commands:  # Each alone in its group: signals come from here.
     worker = subprocess.Popen(
       command,
-      cwd=package.root_of(pathlib.Path.cwd()),
+      cwd=root,
       env=os.environ | environment,
       start_new_session=True,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from gsae_jax.errors import UserError
 
@@ -103,9 +103,7 @@ def parse_slice(text: str, flag: str) -> Slice:
   """
   generation, _, topology = text.partition(':')
   if generation not in GENERATIONS:
-    for other in all_slices():
-      if other.accelerator_type == text:
-        raise UserError(f'{flag}: {text!r} is called {other} here; give that')
+    refuse_type(text, flag, GENERATIONS)
     raise UserError(
       f'{flag}: unknown accelerator {text!r}; give GENERATION:TOPOLOGY, as in '
       f'v5e:4x4, with one of {", ".join(GENERATIONS)}'
@@ -119,10 +117,13 @@ def parse_slice(text: str, flag: str) -> Slice:
   return Slice(generation, topology)
 
 
-def all_slices() -> Iterator[Slice]:
-  for name, generation in GENERATIONS.items():
-    for topology in generation.topologies:
-      yield Slice(name, topology)
+def refuse_type(text: str, flag: str, generations: Iterable[str]) -> None:
+  """Refuses Cloud TPU's name of a slice, and says ours."""
+  for name in generations:
+    for topology in GENERATIONS[name].topologies:
+      slice_ = Slice(name, topology)
+      if slice_.accelerator_type == text:
+        raise UserError(f'{flag}: {text!r} is called {slice_} here; give that')
 
 
 _REGION = r'[a-z]+-[a-z]+\d+'

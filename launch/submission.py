@@ -114,9 +114,9 @@ def asked_before(run: epath.Path, target: str) -> dict[str, Any] | None:
   return launch if launch and launch['target'] == target else None
 
 
-def check_hosts(submission: Submission, hosts: int) -> None:
+def check_hosts(streams: bool, hosts: int) -> None:
   """Refuses many hosts for what runs in one process."""
-  if submission.store is None and hosts > 1:
+  if streams and hosts > 1:
     raise UserError(
       f"loader.source: 'stream' runs in one process, and there are {hosts} hosts; "
       'harvest a store, or take a slice of one host'

@@ -57,7 +57,7 @@ def submit() -> None:
   chips = roles['trainer'].slice.chips * given.slices
   run = door.read_submission(chips=chips, remote=True, bare=True)
   hosts = roles['trainer'].slice.hosts * given.slices
-  check_hosts(run, hosts)
+  check_hosts(run.store is None, hosts)
   dry = given.dry_run
   date = identity.now() if dry else date_of_packages(run.run)
   requests = {}

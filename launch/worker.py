@@ -122,11 +122,9 @@ class Worker:
     return FAILED
 
   def _start(self, step: str) -> int:
-    words = command(self._given, step)
-    words = [*_with_parent(), *words]
     # Alone in its group: signals come from here, and once.
     self._child = child = subprocess.Popen(
-      words,
+      [*_with_parent(), *command(self._given, step)],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       process_group=0,

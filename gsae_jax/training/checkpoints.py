@@ -6,7 +6,6 @@
 `params` are for raw activations: what `gsae_jax.load` gives is what is there.
 """
 
-import difflib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -223,8 +222,10 @@ def check_metadata(
   """
   here = want['identity'] | {'store': want['store']}
   there = have['identity'] | {'store': have['store']}
-  for field in allowed:  # The whole config may be named, though parts are free.
-    _check_field(field, here, there, want['config'])
+  # The whole config may be named, though parts are free.
+  names = set().union(*map(_names, (here, there, want['config'])))
+  for field in allowed:
+    checks.known_field(field, names)
   found = []
   for line in differences(there, here):
     field = line.split(' ', 1)[0]
@@ -248,17 +249,6 @@ def check_metadata(
       f'another folder, or the same {what}, or --allow-config-change={field}'
     )
   return found
-
-
-def _check_field(field: str, *trees: dict[str, Any]) -> None:
-  """Refuses the name of what no config of this run has."""
-  names = set()
-  for tree in trees:
-    names |= _names(tree)
-  if field not in names:
-    near = difflib.get_close_matches(field, names, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise UserError(f'--allow-config-change: there is no field {field!r}{hint}')
 
 
 def _names(tree: dict[str, Any], prefix: str = '') -> set[str]:

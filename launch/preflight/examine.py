@@ -5,20 +5,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from gsae_jax.config import Config
-from gsae_jax.errors import UserError
 from gsae_jax.mesh import axis_sizes, make_mesh
-from launch.preflight import (
-  measure,
-  meshes,
-  parts,
-  programs,
-  remedies,
-  show,
-  topology,
-)
+from launch.preflight import meshes, parts, programs, remedies, show, topology
 from launch.preflight.model import Model
 from launch.preflight.roofline import GIB
 from launch.preflight.topology import Machine
+from launch.submission import check_hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +56,17 @@ def examine(
   """
   mesh = config.mesh
   sizes = axis_sizes(mesh.data, mesh.model, mesh.sae, machine.chips)
-  if config.loader.source == 'stream' and machine.hosts > 1:
-    raise UserError(
-      f"loader.source: 'stream' runs in one process, and {machine.name} has "
-      f'{machine.hosts} hosts; harvest a store, or take a slice of one host'
-    )
+  check_hosts(config.loader.source == 'stream', machine.hosts)
   chips = topology.devices(machine)
   found = Found(sizes, [], {}, [])
   steps = remedies.Steps(model)
 
-  def look(part: parts.Part, measure=measure.measure) -> None:
+  def look(part: parts.Part) -> None:
     say(f'\n{part.name}\n')
     say(show.line(show.HEADS))
     say(show.line(['---'] * len(show.HEADS)))
     rows = []
-    for row in parts.measured(part, measure):
+    for row in parts.measured(part, steps.measure):
       rows.append(row)
       say(show.line(show.cells(row)))
     total = parts.total(part, rows, machine)
@@ -92,7 +80,7 @@ def examine(
     look(parts.harvest(config, model, machine))
   if 'train' in wanted:
     made = make_mesh(mesh.data, mesh.model, mesh.sae, chips)
-    look(parts.train(config, model, machine, made), steps.measure)
+    look(parts.train(config, model, machine, made))
     _compare(found, config, model, machine, steps, tries, say)
   if 'evaluate' in wanted:
     look(parts.evaluate(config, model, machine))

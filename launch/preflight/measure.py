@@ -37,7 +37,7 @@ class Program:
     args: abstract.
     kwargs: static.
     key: what of it `fn` was made of; on one mesh, programs with equal keys and
-      arguments are one.
+      arguments are one. None where it was made of something else.
   """
 
   part: str

@@ -123,11 +123,13 @@ class Steps:
     self._measured = {}
 
   def measure(self, program: Program) -> dict[str, Any]:
-    """`measure.measure` of a train step."""
+    """`measure.measure`, of train steps once."""
+    if program.key is None:
+      return measure(program)
     leaves, tree = jax.tree.flatten(program.args)
     shapes = tuple((a.shape, str(a.dtype), a.sharding) for a in leaves)
-    which = program.kwargs['which']
-    key = program.machine.name, program.key, str(tree), shapes, which
+    static = tuple(program.kwargs.items())
+    key = program.machine.name, program.key, str(tree), shapes, static
     if key not in self._measured:
       self._measured[key] = measure(program)
     return self._measured[key]

@@ -69,11 +69,7 @@ def machine(name: str) -> Machine:
   """
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
   if not match or match[1] not in CHIPS:
-    for other in specs.all_slices():
-      if other.accelerator_type == name and other.generation in CHIPS:
-        raise UserError(
-          f'--topology: {name!r} is called {other} here; give that'
-        )
+    specs.refuse_type(name, '--topology', CHIPS)
     known = ', '.join(f'{g}:{shapes[2]}' for g, shapes in SLICES.items())
     raise UserError(
       f'--topology: {name!r} is not known; give a generation of '

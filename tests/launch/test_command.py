@@ -120,10 +120,7 @@ def test_one_line_for_each_mistake(launch, tmp_path):
       "--config.lm.path: '/home/me/gemma' is on this machine alone; give a hub id"
     ),
     '--store=gs://': "--store: 'gs://' is not in a bucket; give gs://BUCKET/PATH",
-    '--allow-config-change=train.stepz': "did you mean 'train.steps'?",
-    '--allow-config-change=train.batch_size': (
-      '--allow-config-change: train.batch_size cannot change within a run'
-    ),
+    '--config=tests/configs/no_loader.py': 'config field loader is missing',
   }
   for flag, match in flags.items():
     refuse(launch, *TPU, flag, match=match)

@@ -18,7 +18,10 @@ from tests.launch.runs import CODE, submission
 CONFIG = {
   'seed': 0,
   'train': {'steps': 10, 'writers': []},
-  'saes': [{'name': 'a', 'l1': 0.1}, {'name': 'b', 'l1': 0.2}],
+  'saes': [
+    {'name': 'a', 'features': 6, 'l1': 0.1},
+    {'name': 'b', 'features': 6, 'l1': 0.2},
+  ],
 }
 
 
@@ -65,13 +68,34 @@ def test_another_config_under_a_name_is_refused(tmp_path):
     'give this one another name, or allow the change by '
     '--allow-config-change=lm.path'
   )
-  with pytest.raises(UserError, match='train.steps'):
+  with pytest.raises(
+    UserError, match="no field 'train.step'; did you mean 'tra"
+  ):
     identity.check_config(first.run, other, ('lm', 'saes.b', 'train.step'))
+  with pytest.raises(UserError, match='change=train.steps'):
+    identity.check_config(first.run, other, ('lm', 'saes.b'))
   identity.check_config(first.run, other, ('lm', 'saes.b', 'train.steps'))
+  identity.check_config(tmp_path / 'new', other, ('train.steps',))
+  with pytest.raises(UserError, match="no field 'steps'"):
+    identity.check_config(tmp_path / 'new', other, ('steps',))
+
+
+def test_members_may_be_left_out_and_keep_their_shape(tmp_path):
+  first = recorded(tmp_path)
   wider = json.loads(json.dumps(CONFIG))
   wider['saes'][0]['features'] = 7
-  with pytest.raises(UserError, match=r'\.features is .* cannot change within'):
+  with pytest.raises(
+    UserError, match='a.features is 6 .* cannot change within'
+  ):
     identity.check_config(first.run, wider, ('saes',))
+  fewer = CONFIG | {'saes': CONFIG['saes'][1:]}
+  with pytest.raises(
+    UserError, match=r'saes.a.features is 6 .*\(missing\) here'
+  ):
+    identity.check_config(first.run, fewer)
+  with pytest.raises(UserError, match=r'change=saes\.a$'):
+    identity.check_config(first.run, fewer, ('saes.a.features', 'saes.a.l1'))
+  identity.check_config(first.run, fewer, ('saes.a',))
 
 
 def test_another_target_waits_until_the_first_is_over(tmp_path):
@@ -85,9 +109,9 @@ def test_another_target_waits_until_the_first_is_over(tmp_path):
 
 def test_streams_run_in_one_process(tmp_path):
   run = submission(tmp_path, store=None, steps=('stream', 'evaluate'))
-  check_hosts(run, 1)
+  check_hosts(run.store is None, 1)
   with pytest.raises(UserError, match="'stream' runs in one process.*4 hosts"):
-    check_hosts(run, 4)
+    check_hosts(run.store is None, 4)
   assert '--steps=stream' in run.worker_arguments('trainer', [], apart=True)
 
 

@@ -457,7 +457,7 @@ def test_a_streamed_model_has_one_host():
   raw = smoke.get_config()
   raw.loader.source = 'stream'
   machine = topology.machine('v5e:4x4')
-  with pytest.raises(UserError, match='one process, and v5e:4x4 has 4 hosts'):
+  with pytest.raises(UserError, match='one process, and there are 4 hosts'):
     examine.examine(config_lib.parse(raw), None, machine)
 
 
