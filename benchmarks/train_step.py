@@ -12,12 +12,7 @@ PyTorch's run under bfloat16 autocast, and ours with precision='bfloat16'.
 gsae_jax.train runs, metrics and all. The machine's peak is that of the three
 products of the step at the same sizes, in the same rounds, by JAX.
 
-Peers live in an environment of their own, because they move packages:
-
-  python -m venv .venv-bench
-  .venv-bench/bin/pip install torch==2.13.0
-  .venv-bench/bin/pip install sae-lens torch==2.13.0
-  .venv-bench/bin/pip install --no-deps dictionary-learning einops nnsight greenlet
+Peers live in an environment of their own, .venv-bench, which `make bench` installs.
 """
 
 import dataclasses
@@ -61,8 +56,7 @@ def parse():
   python = record.ROOT / args.peers_python
   if set(args.sides) & set(PEERS) and not python.exists():
     sys.exit(
-      f'error: --peers_python: there is no {python}; benchmarks/train_step.py '
-      'says how to make it'
+      f'error: --peers_python: there is no {python}; `make bench` installs it'
     )
   return args
 
