@@ -39,7 +39,8 @@ def positive(field: str, value: float) -> None:
 
 
 def at_least(field: str, value: float, least: float) -> None:
-  if not math.isfinite(value):
+  # Integers are finite, also those that no float can hold.
+  if isinstance(value, float) and not math.isfinite(value):
     raise UserError(f'config field {field}: {value!r} is not a number')
   if value < least:
     raise UserError(

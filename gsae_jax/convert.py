@@ -22,14 +22,6 @@ from gsae_jax.errors import UserError
 from gsae_jax.lm.families import gelu_1l
 from gsae_jax.lm.tokenizer import read_json
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'The .pth file.')
-_CONFIG = flags.DEFINE_string(
-  'model_config', None, 'The config.json that lies beside it.'
-)
-_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'A tokenizer.json is here.')
-_OUT = flags.DEFINE_string('out', None, 'Folder to write; it must be new.')
-flags.mark_flags_as_required(['checkpoint', 'model_config', 'tokenizer', 'out'])
-
 _COPIED = (
   'd_model',
   'd_mlp',
@@ -98,20 +90,34 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
   }
 
 
-def main() -> int:
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  required = {
+    'checkpoint': 'The .pth file.',
+    'model_config': 'The config.json of the checkpoint.',
+    'tokenizer': 'Folder with a tokenizer.json.',
+    'out': 'Folder to write; it must be new.',
+  }
+  for name, help_text in required.items():
+    flags.DEFINE_string(name, None, help_text, flag_values=values)
+  flags.mark_flags_as_required(list(required), values)
+
+
+def main(given: flags.FlagValues) -> int:
+  out = given.out
   try:
-    raw = read_json(_CONFIG.value)
+    raw = read_json(given.model_config)
   except UserError as e:  # Which speaks of a model's folder.
     raise UserError(
       f'--model_config: {str(e).removeprefix("lm.path: ")}'
     ) from e
   config = convert_config(raw)
-  tokenizer = os.path.join(_TOKENIZER.value, 'tokenizer.json')
+  tokenizer = os.path.join(given.tokenizer, 'tokenizer.json')
   if not os.path.exists(tokenizer):
-    raise UserError(f'--tokenizer: {_TOKENIZER.value} has no tokenizer.json')
-  if os.path.exists(_OUT.value):
-    raise UserError(f'--out: {_OUT.value} is there already; give a new folder')
-  tensors = read_checkpoint(_CHECKPOINT.value)
+    raise UserError(f'--tokenizer: {given.tokenizer} has no tokenizer.json')
+  if os.path.exists(out):
+    raise UserError(f'--out: {out} is there already; give a new folder')
+  tensors = read_checkpoint(given.checkpoint)
   config['unembed_bias'] = 'unembed.b_U' in tensors
   wanted = {
     name for name, _ in gelu_1l.weights(gelu_1l.config(config)).values()
@@ -119,8 +125,8 @@ def main() -> int:
   if wanted != set(tensors):
     missing, left = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
     what = f'lacks {missing[0]}' if missing else f'has an unknown {left[0]}'
-    raise UserError(f'--checkpoint: {_CHECKPOINT.value} {what}')
-  partial = f'{_OUT.value}.partial'
+    raise UserError(f'--checkpoint: {given.checkpoint} {what}')
+  partial = f'{out}.partial'
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
   contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
@@ -128,15 +134,17 @@ def main() -> int:
     contiguous, os.path.join(partial, 'model.safetensors')
   )
   for name in ('tokenizer.json', 'tokenizer_config.json'):
-    source = os.path.join(_TOKENIZER.value, name)
+    source = os.path.join(given.tokenizer, name)
     if os.path.exists(source):
       shutil.copy(source, partial)
   with open(os.path.join(partial, 'config.json'), 'w') as f:
     json.dump(config, f, indent=1)
-  os.rename(partial, _OUT.value)
-  print(f'{len(tensors)} tensors in {_OUT.value}')
+  os.rename(partial, out)
+  print(f'{len(tensors)} tensors in {out}')
   return 0
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

@@ -32,13 +32,27 @@ from gsae_jax.training.checkpoints import Checkpoints
 # What a record calls the figures of the other policy for special tokens.
 OTHER_WAY = {'drop': 'with_special_tokens', 'keep': 'without_special_tokens'}
 
-_CONFIG = program.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of gsae_jax.train.')
-_WATCH = flags.DEFINE_bool(
-  'watch', False, 'Wait for new checkpoints until the last one.'
-)
-_POLL = flags.DEFINE_float('poll_seconds', 5.0, 'How often --watch looks.')
-flags.mark_flags_as_required(['config', 'workdir'])
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  program.define_config(values)
+  processes.define_flags(values)
+  flags.DEFINE_string(
+    'workdir',
+    None,
+    'Run folder that gsae_jax.train wrote.',
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    'watch',
+    False,
+    'Wait for new checkpoints until the last one.',
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    'poll_seconds', 5.0, 'How often --watch looks.', flag_values=values
+  )
+  flags.mark_flags_as_required(['config', 'workdir'], values)
 
 
 def make_evaluator(
@@ -142,7 +156,7 @@ def evaluate_step(
   if jax.process_index():
     return {}
   name = f'step_{step}'
-  out = {}
+  out: dict[str, bytes | str] = {}
   if dashboards:
     contexts = {'ids': evaluator.contexts_CL, 'mask': evaluator.mask_CL}
     out[f'{name}.features/contexts.safetensors'] = features.pack(contexts)
@@ -217,6 +231,8 @@ def evaluate_new(
   workdir: epath.Path,
   make,
   preempted: program.Preemption,
+  *,
+  watch: bool,
 ) -> bool:
   """Evaluates the checkpoints that wait for it; True if none is to come."""
   first = jax.process_index() == 0
@@ -225,7 +241,7 @@ def evaluate_new(
       steps = checkpoints.steps()
       trained = {step: checkpoints.metadata(step) for step in steps}
       todo = [s for s in steps if not is_done(config, workdir, trained[s], s)]
-    if steps and not todo and not _WATCH.value and first:
+    if steps and not todo and not watch and first:
       print(
         f'{len(steps)} checkpoint(s) were evaluated before; to do it again, delete '
         f'{workdir / "eval"}'
@@ -253,13 +269,13 @@ def evaluate_new(
     return bool(last)
 
 
-def main() -> int:
-  processes.initialize()
+def main(given: flags.FlagValues) -> int:
+  processes.initialize(given)
   preempted = program.Preemption()
   with processes.together():
-    config = config_lib.parse(program.read_config(_CONFIG))
-    workdir = paths.workdir(_WORKDIR.value)
-  made = []
+    config = config_lib.parse(program.read_config(given))
+    workdir = paths.workdir(given.workdir)
+  made: list[splice.Evaluator] = []
 
   def make(*args):
     if not made:  # Once: the checkpoints of a run share their store.
@@ -268,20 +284,22 @@ def main() -> int:
 
   while True:
     # With --watch, the training run may not have begun.
-    begun = (workdir / 'checkpoints').exists() or not _WATCH.value
+    begun = (workdir / 'checkpoints').exists() or not given.watch
     last = False
     if processes.agreed(np.int32(begun)):
-      last = evaluate_new(config, workdir, make, preempted)
-    if last or not _WATCH.value:
+      last = evaluate_new(config, workdir, make, preempted, watch=given.watch)
+    if last or not given.watch:
       break
     with processes.together():
       preempted.check()
-    time.sleep(_POLL.value)
+    time.sleep(given.poll_seconds)
   if jax.process_index() == 0:
     found = records.read_evaluations(workdir)
     print(pareto.summary(found, records.read_replicates(workdir, found)))
   return 0
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

@@ -9,6 +9,7 @@ by several processes (--coordinator), each makes whole buffers of its own.
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -18,17 +19,26 @@ from absl import flags
 from gsae_jax import config as config_lib
 from gsae_jax import processes, program
 from gsae_jax.activations import source as source_lib
+from gsae_jax.activations.layout import Encoding
 from gsae_jax.activations.writer import StoreWriter
 from gsae_jax.parsing import plain
 
-_CONFIG = program.define_config()
-_STORE = flags.DEFINE_string(
-  'store', None, 'Where to write: a folder, gs:// or s3://.'
-)
-flags.mark_flags_as_required(['config', 'store'])
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  program.define_config(values)
+  processes.define_flags(values)
+  flags.DEFINE_string(
+    'store',
+    None,
+    'Where to write: a folder, gs:// or s3://.',
+    flag_values=values,
+  )
+  flags.mark_flags_as_required(['config', 'store'], values)
 
 
 def open_writer(
+  path: str,
   config: config_lib.Config,
   source: source_lib.Source,
   identity: dict,
@@ -39,12 +49,13 @@ def open_writer(
   The first process makes the store and finds out what is missing; the others
   find it there and are told.
   """
+  make_encodings: Callable[[], Mapping[str, Encoding | None]]
   make_encodings = lambda: dict.fromkeys(config.sites)
   if config.store.centre:
     make_encodings = source.encodings
   make = functools.partial(
     StoreWriter,
-    _STORE.value,
+    path,
     identity=plain(identity),
     provenance=provenance,
     widths=source.widths,
@@ -108,11 +119,11 @@ def fill(
       writer.finish()
 
 
-def main() -> int:
-  processes.initialize()
+def main(given: flags.FlagValues) -> int:
+  processes.initialize(given)
   preempted = program.Preemption()
   with processes.together():
-    config = config_lib.parse(program.read_config(_CONFIG))
+    config = config_lib.parse(program.read_config(given))
     source, identity, provenance = source_lib.open_source(
       lm=dataclasses.asdict(config.lm),
       text=dataclasses.asdict(config.text),
@@ -125,13 +136,15 @@ def main() -> int:
     )
   with (
     contextlib.closing(source),
-    open_writer(config, source, identity, provenance) as writer,
+    open_writer(given.store, config, source, identity, provenance) as writer,
   ):
     fill(writer, source, preempted)
   if jax.process_index() == 0:
-    print(f'{writer.rows} rows of {", ".join(config.sites)} in {_STORE.value}')
+    print(f'{writer.rows} rows of {", ".join(config.sites)} in {given.store}')
   return 0
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

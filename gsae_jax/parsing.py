@@ -58,10 +58,15 @@ def _parse_value(hint, value, name: str):
   kinds = (hint,)
   if isinstance(hint, types.UnionType):
     kinds = typing.get_args(hint)
-  if value in ('None', 'none') and type(None) in kinds:
+  if (
+    isinstance(value, str) and value in ('None', 'none') and type(None) in kinds
+  ):
     return None  # How a command line says it.
   if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError as e:
+      raise UserError(f'config field {name}: {value!r} is too large') from e
   if not isinstance(value, kinds) or (
     isinstance(value, bool) and bool not in kinds
   ):

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +19,41 @@ from jax.sharding import PartitionSpec as P
 
 from gsae_jax.errors import FAILED, PREEMPTED, Preempted, UserError
 
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator',
-  None,
-  "For several processes: 'auto' on Cloud TPU, GKE and Slurm, else the "
-  'host:port of process 0, with --processes and --process.',
-)
-_PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are.')
-_PROCESS = flags.DEFINE_integer('process', None, 'Which one this is.')
-
 _FINE, _PREEMPTED, _FAILED = range(3)
 _LAST_WORDS = 2.0  # Seconds.
 # What JAX says where others did not come in time; they may be on their way.
 _LATE = 'DEADLINE_EXCEEDED', 'UNAVAILABLE'
 
 
-def initialize() -> None:
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of `initialize`."""
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    "For several processes: 'auto' on Cloud TPU, GKE and Slurm, else the "
+    'host:port of process 0, with --processes and --process.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'processes', None, 'How many there are.', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'process', None, 'Which one this is.', flag_values=values
+  )
+
+
+def initialize(given: flags.FlagValues) -> None:
   """Joins the other processes, if the flags say that there are any.
 
   Raises:
     UserError: the flags do not fit together, or to the machine.
   """
-  place, count, index = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+  place, count, index = given.coordinator, given.processes, given.process
   if place is None:
     if count is not None or index is not None:
       raise UserError('--processes and --process need --coordinator=host:port')
     return
-  explicit = {}
+  explicit: dict[str, Any] = {}
   if place == 'auto' and (count is not None or index is not None):
     raise UserError('--coordinator=auto finds --processes and --process itself')
   if place != 'auto':
@@ -74,7 +82,8 @@ def together() -> Iterator[None]:
 
   Every process must come to the same blocks in the same order.
   """
-  error, status = None, _FINE
+  error: Exception | None = None
+  status = _FINE
   try:
     yield
   except Preempted as e:
@@ -91,7 +100,7 @@ def together() -> Iterator[None]:
     raise UserError('another process failed; its own message says why')
 
 
-def _exchange(value: np.ndarray) -> np.ndarray:
+def _exchange(value: np.ndarray | np.int32) -> np.ndarray:
   """Everybody's value; ends this process when another one is gone."""
   try:
     return multihost_utils.process_allgather(value)
@@ -99,7 +108,7 @@ def _exchange(value: np.ndarray) -> np.ndarray:
     _leave(e)
 
 
-def _leave(e: Exception) -> None:
+def _leave(e: Exception) -> NoReturn:
   print(
     f'error: another process is gone ({str(e).splitlines()[0][:200]}); the '
     'same command goes on',
@@ -136,7 +145,7 @@ def leaving_with_the_others() -> Iterator[None]:
     os._exit(FAILED)
 
 
-def agreed(values: np.ndarray) -> np.ndarray:
+def agreed(values: np.ndarray | np.int32) -> Any:
   """The values of process 0, everywhere."""
   if jax.process_count() == 1:
     return values

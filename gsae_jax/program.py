@@ -1,9 +1,11 @@
 """What every command shares: flags, one-line errors, exit codes, signals."""
 
+import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -39,19 +41,24 @@ class Preemption:
       raise Preempted
 
 
-def define_config() -> flags.FlagHolder:
-  return config_flags.DEFINE_config_file(
-    'config', None, 'Experiment file with get_config().', lock_config=True
+def define_config(values: flags.FlagValues) -> None:
+  """Adds `--config`, and `--config.FIELD` for its fields."""
+  config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'Experiment file with get_config().',
+    flag_values=values,
+    lock_config=True,
   )
 
 
-def read_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
-  """The value of `--config`.
+def read_config(given: flags.FlagValues) -> ml_collections.ConfigDict:
+  """Returns the value of `--config`.
 
   Raises:
     UserError: the file is not there, or running it failed.
   """
-  value = holder.value
+  value = given.config
   try:
     hasattr(value, 'to_dict')  # config_flags puts its errors off until here.
     return value
@@ -65,48 +72,84 @@ def _last_line(error: Exception) -> str:
   return lines[-1] if lines else type(error).__name__
 
 
-def run(
-  main: Callable[..., int | None], arguments: tuple[str, ...] = ()
-) -> None:
-  """Runs a command and exits with its code: 0, 1 or 42.
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """What `python -m` runs: flags, and a function that takes them.
 
-  Args:
-    main: gets the arguments that are not flags.
-    arguments: what those are called.
+  Flags are defined when the command runs, not when its module is imported, so
+  that several commands can be imported, and called, by one process.
+
+  Attributes:
+    define_flags: adds the command's flags to the values that it is given.
+    main: takes the parsed flags and the arguments that are not flags; returns the
+      exit code, None for 0.
+    arguments: names of the arguments that are not flags.
   """
-  app.run(
-    lambda argv: _guarded(main, argv[1:], arguments), flags_parser=_parse_flags
-  )
+
+  define_flags: Callable[[flags.FlagValues], None]
+  main: Callable[..., int | None]
+  arguments: tuple[str, ...] = ()
+
+  def run(self) -> None:
+    """Runs with this process's arguments; exits with 0, 1 or 42."""
+    self.define_flags(flags.FLAGS)
+    app.run(
+      lambda argv: self._guarded(flags.FLAGS, argv[1:]),
+      flags_parser=lambda argv: _parse_flags(flags.FLAGS, argv),
+    )
+
+  def call(self, words: Sequence[str]) -> int:
+    """Runs with the arguments `words`; returns the exit code.
+
+    It prints to `sys.stdout` and `sys.stderr`, and puts back `sys.argv` and the
+    handlers of signals. For the main thread.
+    """
+    given = flags.FlagValues()
+    self.define_flags(given)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    argv, verbosity = sys.argv, logging.get_verbosity()
+    # ml_collections reads the fields that `--config.FIELD` changes from there.
+    sys.argv = [argv[0], *words]
+    try:
+      self._guarded(given, _parse_flags(given, sys.argv)[1:])
+    except SystemExit as e:
+      return e.code if isinstance(e.code, int) else int(e.code is not None)
+    finally:
+      sys.argv = argv
+      logging.set_verbosity(verbosity)
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return 0
+
+  def _guarded(self, given: flags.FlagValues, words: list[str]) -> None:
+    # Orbax tells of every save and restore; what goes wrong is raised.
+    logging.set_verbosity(logging.ERROR)
+    try:
+      if words[len(self.arguments) :]:
+        extra = words[len(self.arguments)]
+        raise UserError(f'unexpected argument {extra!r}; flags start with --')
+      if len(words) < len(self.arguments):
+        missing = self.arguments[len(words)]
+        raise UserError(f'{missing} is missing; see --help')
+      sys.exit(self.main(given, *words) or 0)
+    except Preempted:
+      print('stopped; the same command goes on', file=sys.stderr)
+      sys.exit(PREEMPTED)
+    except UserError as e:
+      _fail(e)
+    except OSError as e:
+      # A bucket's client says it in lines.
+      said = ' '.join(str(e).split())
+      what = f'{e.filename}: {e.strerror}' if e.filename else said
+      _fail(f'{what}; check the path and its permissions')
+    finally:
+      # Python takes its handlers away before it ends, and what is done is done.
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _guarded(main, given: list[str], arguments: tuple[str, ...]) -> None:
-  # Orbax tells of every save and restore; what goes wrong is raised.
-  logging.set_verbosity(logging.ERROR)
+def _parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
   try:
-    if given[len(arguments) :]:
-      extra = given[len(arguments)]
-      raise UserError(f'unexpected argument {extra!r}; flags start with --')
-    if len(given) < len(arguments):
-      raise UserError(f'{arguments[len(given)]} is missing; see --help')
-    sys.exit(main(*given) or 0)
-  except Preempted:
-    print('stopped; the same command goes on', file=sys.stderr)
-    sys.exit(PREEMPTED)
-  except UserError as e:
-    _fail(e)
-  except OSError as e:
-    # A bucket's client says it in lines.
-    said = ' '.join(str(e).split())
-    what = f'{e.filename}: {e.strerror}' if e.filename else said
-    _fail(f'{what}; check the path and its permissions')
-  finally:
-    # Python takes its handlers away before it ends, and what is done is done.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
+    return values(argv)
   except flags.Error as e:
     said = _last_line(e)
     missing = re.fullmatch(r'flag --(\S+)=None: .* other than None\.', said)
@@ -134,6 +177,6 @@ def _unknown_field(error: Exception, argv: list[str]) -> str | None:
   return None
 
 
-def _fail(reason) -> None:
+def _fail(reason) -> NoReturn:
   print(f'error: {reason}', file=sys.stderr)
   sys.exit(FAILED)

@@ -13,12 +13,20 @@ from gsae_jax.evaluation import page
 from gsae_jax.evaluation.records import read_evaluations, read_replicates
 from gsae_jax.training.records import read_metrics
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of train and evaluate.')
-flags.mark_flag_as_required('workdir')
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  flags.DEFINE_string(
+    'workdir',
+    None,
+    'Run folder that train and evaluate wrote.',
+    flag_values=values,
+  )
+  flags.mark_flag_as_required('workdir', values)
 
 
-def main() -> int:
-  workdir = paths.workdir(_WORKDIR.value)
+def main(given: flags.FlagValues) -> int:
+  workdir = paths.workdir(given.workdir)
   evaluations = read_evaluations(workdir)
   text = page.render(
     '/'.join(workdir.parts[-2:]),
@@ -32,5 +40,7 @@ def main() -> int:
   return 0
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

@@ -49,12 +49,12 @@ class SAE:
 
   def encode(self, x: jax.Array) -> jax.Array:
     """Features `[..., features]` of activations `[..., width]`."""
-    self._check(x, 'width')
+    x = self._checked(x, 'width')
     return self._apply['encode']({'params': self.params}, x)
 
   def decode(self, f: jax.Array) -> jax.Array:
     """Reconstructions `[..., width]` of features `[..., features]`."""
-    self._check(f, 'features')
+    f = self._checked(f, 'features')
     return self._apply['decode']({'params': self.params}, f)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -83,12 +83,16 @@ class SAE:
 
     return edited
 
-  def _check(self, value: jax.Array, size: str) -> None:
+  def _checked(self, value: jax.Array, size: str) -> jax.Array:
+    """Returns the value, cast to the parameters' dtype if its own is narrower."""
     if value.shape[-1] != self.config[size]:
       raise ValueError(
         f'the last axis has {value.shape[-1]} entries, and this SAE has '
         f'{size}={self.config[size]}'
       )
+    dtype = self.params['W_dec'].dtype
+    narrow = value.dtype.itemsize < dtype.itemsize
+    return value.astype(dtype) if narrow else value
 
   def to_jumprelu(self) -> 'SAE':
     """The same SAE as a `gsae_jax.sae.jumprelu.JumpReluSAE` (Appendix E).
@@ -224,14 +228,42 @@ def _load_exported(folder: epath.Path) -> SAE:
     about = json.loads((folder / 'sae.json').read_text())
     raw = (folder / 'sae.safetensors').read_bytes()
     arrays = safetensors.numpy.load(raw)
-  except (ValueError, OSError, safetensors.SafetensorError) as e:
+    schema = about['schema']
+    if schema == SCHEMA:
+      _check_export(about['config'], about['metadata'], arrays)
+  except (
+    ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError,
+    safetensors.SafetensorError,
+  ) as e:  # fmt: skip
     raise UserError(
-      f'{folder} is not an exported SAE ({e}); export or copy it again'
+      f'{folder} is not an exported SAE ({type(e).__name__}: {e}); export or '
+      'copy it again'
     ) from e
-  if about.get('schema') != SCHEMA:
+  if schema != SCHEMA:
     raise UserError(
-      f'{folder}/sae.json has schema {about.get("schema")}, and this version '
+      f'{folder}/sae.json has schema {schema}, and this version '
       f'reads {SCHEMA}; install the version that wrote it'
     )
   params = {k: jnp.asarray(v) for k, v in arrays.items()}
   return SAE(params, about['config'], about['metadata'])
+
+
+def _check_export(
+  config: dict[str, Any],
+  metadata: dict[str, Any],
+  arrays: dict[str, np.ndarray],
+) -> None:
+  """Raises an error unless the parts of an export fit together."""
+  for name in ('name', 'site'):
+    if not isinstance(config[name], str):
+      raise ValueError(f'{name} is {config[name]!r}')
+  int(metadata['step'])
+  found = {name: value.shape for name, value in arrays.items()}
+  sizes = config['features'], config['width']
+  if found['W_dec'] != sizes:  # Before anything is made of these sizes.
+    raise ValueError(f'W_dec is of shape {found["W_dec"]}, not {sizes}')
+  module = make_module(config)
+  x_BD = jax.ShapeDtypeStruct((1, config['width']), np.float32)
+  wanted = jax.eval_shape(module.init, jax.random.key(0), x_BD)['params']
+  if found != {name: value.shape for name, value in wanted.items()}:
+    raise ValueError('its parameters are not those of its architecture')

@@ -22,14 +22,24 @@ from gsae_jax.activations.reading import Reader
 from gsae_jax.activations.store import Store, open_store
 from gsae_jax.errors import FAILED, UserError
 
-_REPAIR = flags.DEFINE_bool('repair', False, 'verify: delete what is bad.')
-_ROWS = flags.DEFINE_integer(
-  'rows', 65_536, 'stats: how many rows to look at, evenly spread.', 1
-)
 _BINS = 20
 
 
-def inspect(path: str) -> int:
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  flags.DEFINE_bool(
+    'repair', False, 'verify: delete what is bad.', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'rows',
+    65_536,
+    'stats: how many rows to look at, evenly spread.',
+    lower_bound=1,
+    flag_values=values,
+  )
+
+
+def inspect(path: str, given: flags.FlagValues) -> int:
   """Prints a summary."""
   verifier = verify_lib.Verifier(path)
   m = verifier.manifest
@@ -65,7 +75,7 @@ def inspect(path: str) -> int:
   return 0
 
 
-def verify(path: str) -> int:
+def verify(path: str, given: flags.FlagValues) -> int:
   """Prints the bad files; 1 if there are any and they were left there."""
   verifier = verify_lib.Verifier(path)
   bad = []
@@ -87,7 +97,7 @@ def verify(path: str) -> int:
   foreign = [d for d in bad if 'of the store' in d.why]
   if len(foreign) == len(verifier.there) > 1:
     print('every record is of another store: is this the right manifest.json?')
-  if not _REPAIR.value:
+  if not given.repair:
     print('run verify --repair, and then the same gsae_jax.harvest again')
     return FAILED
   verifier.repair(bad)
@@ -95,11 +105,11 @@ def verify(path: str) -> int:
   return 0
 
 
-def stats(path: str) -> int:
+def stats(path: str, given: flags.FlagValues) -> int:
   """Prints a histogram of row norms for every site."""
   store = open_store(path)
   for site in store.sites:
-    norms = np.sqrt(squared_norms(store, site, _ROWS.value))
+    norms = np.sqrt(squared_norms(store, site, given.rows))
     quantiles = np.quantile(norms, (0.01, 0.25, 0.5, 0.75, 0.99))
     print(
       f'{site}: ||x|| of {len(norms):,} of {store.rows:,} rows; 1, 25, 50, 75, '
@@ -129,14 +139,16 @@ def squared_norms(store: Store, site: str, rows: int) -> np.ndarray:
 COMMANDS = {'inspect': inspect, 'verify': verify, 'stats': stats}
 
 
-def main(command: str, path: str) -> int:
+def main(given: flags.FlagValues, command: str, path: str) -> int:
   if command not in COMMANDS:
     raise UserError(f'{command!r} is not one of {", ".join(COMMANDS)}')
-  for flag, owner in ((_REPAIR, 'verify'), (_ROWS, 'stats')):
-    if flag.present and command != owner:
-      raise UserError(f'--{flag.name} goes with {owner}, not with {command}')
-  return COMMANDS[command](path)
+  for name, owner in (('repair', 'verify'), ('rows', 'stats')):
+    if given[name].present and command != owner:
+      raise UserError(f'--{name} goes with {owner}, not with {command}')
+  return COMMANDS[command](path, given)
 
+
+COMMAND = program.Command(define_flags, main, ('COMMAND', 'PATH'))
 
 if __name__ == '__main__':
-  program.run(main, ('COMMAND', 'PATH'))
+  COMMAND.run()

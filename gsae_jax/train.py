@@ -27,20 +27,32 @@ from gsae_jax.parsing import plain
 from gsae_jax.restore import load
 from gsae_jax.training import checkpoints, loop
 
-_CONFIG = program.define_config()
-_STORE = flags.DEFINE_string(
-  'store', None, 'The activation store: a folder, gs:// or s3://.'
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Checkpoints and metrics: a folder or gs://.'
-)
-_ALLOWED = flags.DEFINE_multi_string(
-  'allow-config-change',
-  [],
-  "A field of the config, or 'store', that may differ from what the checkpoints "
-  'in --workdir were trained with, as in train.steps; may be given repeatedly.',
-)
-flags.mark_flags_as_required(['config', 'workdir'])
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  program.define_config(values)
+  processes.define_flags(values)
+  flags.DEFINE_string(
+    'store',
+    None,
+    'The activation store: a folder, gs:// or s3://.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'workdir',
+    None,
+    'Checkpoints and metrics: a folder or gs://.',
+    flag_values=values,
+  )
+  flags.DEFINE_multi_string(
+    'allow-config-change',
+    [],
+    "A field of the config, or 'store', that may differ from what the "
+    'checkpoints in --workdir were trained with, as in train.steps; may be given '
+    'repeatedly.',
+    flag_values=values,
+  )
+  flags.mark_flags_as_required(['config', 'workdir'], values)
 
 
 def is_lm_of(store: Store, lm: config_lib.LMConfig) -> bool:
@@ -85,7 +97,9 @@ def check_store(config: config_lib.Config, store: Store) -> None:
 
 
 def open_loader(
-  config: config_lib.Config, preempted: program.Preemption
+  store_path: str | None,
+  config: config_lib.Config,
+  preempted: program.Preemption,
 ) -> Loader | Stream:
   """What gives the batches that a config asks for, and their store.
 
@@ -95,13 +109,17 @@ def open_loader(
   settings = config.loader
   sites = tuple(dict.fromkeys(m.site for m in config.saes))
   if settings.source == 'stream':
+    if store_path is not None:
+      raise UserError(
+        "loader.source: 'stream' makes activations anew; leave --store out"
+      )
     return _open_stream(config, sites, preempted)
-  if _STORE.value is None:
+  if store_path is None:
     raise UserError(
       '--store is missing; give the one that gsae_jax.harvest wrote, or set '
       "loader.source to 'stream'"
     )
-  store = open_store(_STORE.value)
+  store = open_store(store_path)
   check_store(config, store)
   for member in config.saes:
     check_site(store, member.site, member.name)
@@ -121,10 +139,6 @@ def _open_stream(
   sites: tuple[str, ...],
   preempted: program.Preemption,
 ) -> Stream:
-  if _STORE.value is not None:
-    raise UserError(
-      "loader.source: 'stream' makes activations anew; leave --store out"
-    )
   if jax.process_count() > 1:
     raise UserError(
       "loader.source: 'stream' runs in one process only; harvest a store first"
@@ -162,6 +176,7 @@ def read_baseline(
     UserError: it is not a baseline of this site and width, or was trained on
       another language model.
   """
+  assert member.baseline is not None
   field = f'saes: baseline of member {member.name!r}'
   try:
     sae = load(member.baseline, member=member.baseline_member)
@@ -202,13 +217,13 @@ def summarise(outcome: loop.Outcome, config: config_lib.Config) -> str:
   return ', '.join(parts)
 
 
-def main() -> int:
-  processes.initialize()
+def main(given: flags.FlagValues) -> int:
+  processes.initialize(given)
   preempted = program.Preemption()
   with processes.together():
-    config = config_lib.parse(program.read_config(_CONFIG))
+    config = config_lib.parse(program.read_config(given))
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sae)
-    loader = open_loader(config, preempted)
+    loader = open_loader(given.store, config, preempted)
   store = loader.store
   outcome = loop.train(
     store,
@@ -217,7 +232,7 @@ def main() -> int:
     config.train,
     mesh=mesh,
     seed=config.seed,
-    workdir=_WORKDIR.value,
+    workdir=given.workdir,
     metadata={
       'schema': checkpoints.SCHEMA,
       'config': plain(dataclasses.asdict(config)),
@@ -228,12 +243,14 @@ def main() -> int:
     },
     preempted=lambda: bool(preempted),
     baseline=lambda member: read_baseline(member, store),
-    allowed=tuple(_ALLOWED.value),
+    allowed=tuple(given['allow-config-change'].value or ()),
   )
   if jax.process_index() == 0:
     print(summarise(outcome, config))
   return 0 if outcome.finished else PREEMPTED
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

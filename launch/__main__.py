@@ -13,6 +13,7 @@ is left of them. watch follows a run to its end, and asks again for machines
 that were taken away. `submit --help` and so on have the flags. See docs/tpu.md.
 """
 
+import functools
 import importlib
 import sys
 
@@ -23,39 +24,46 @@ _TARGETS = ('tpu', 'gke', 'local')
 _VERBS = ('submit', 'status', 'watch', 'logs', 'delete')
 
 
-def main(argv: list[str]) -> None:
-  """Runs what the first words say; their module has the flags of the rest."""
-  match argv[1:]:
+def find(words: list[str]) -> tuple[program.Command, str, list[str]]:
+  """Returns the command that the first words name, its name, and the rest.
+
+  Raises:
+    UserError: they name none, or a client of the cloud is not installed.
+  """
+  match words:
     case ['preflight', *rest]:
-      name, words = 'launch.preflight.command', 'preflight'
+      module = importlib.import_module('launch.preflight.command')
+      return module.COMMAND, 'preflight', rest
     case [target, verb, *rest] if target in _TARGETS and verb in _VERBS:
-      name, words = f'launch.{target}', f'{target} {verb}'
-    case ['--help' | '-h' | '--helpfull']:
-      print(__doc__)
-      return
+      module = importlib.import_module(f'launch.{target}')
+      define_flags = functools.partial(module.define_flags, verb=verb)
+      command = program.Command(define_flags, getattr(module, verb))
+      return command, f'{target} {verb}', rest
     case [target, *rest] if target in _TARGETS:
-      _refuse(rest, _VERBS)
-    case rest:
-      _refuse(rest, ('preflight', *_TARGETS))
-  sys.argv = [f'launch {words}', *rest]
+      raise _unknown(rest, _VERBS)
+    case _:
+      raise _unknown(words, ('preflight', *_TARGETS))
+
+
+def _unknown(given: list[str], instead: tuple[str, ...]) -> UserError:
+  what = f'{given[0]!r} is not' if given else 'the next word must be'
+  return UserError(
+    f'{what} one of {", ".join(instead)}; see python -m launch --help'
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command that the arguments name; exits with its code."""
+  if argv[1:2] in (['--help'], ['-h'], ['--helpfull']):
+    print(__doc__)
+    return
   try:
-    module = importlib.import_module(name)
-  except UserError as e:  # A client of the cloud is not installed.
+    command, name, rest = find(argv[1:])
+  except UserError as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(FAILED)
-  if words == 'preflight':
-    program.run(module.main)
-  module.define(verb)
-  program.run(getattr(module, verb))
-
-
-def _refuse(given: list[str], instead: tuple[str, ...]) -> None:
-  what = f'{given[0]!r} is not' if given else 'the next word must be'
-  print(
-    f'error: {what} one of {", ".join(instead)}; see python -m launch --help',
-    file=sys.stderr,
-  )
-  sys.exit(FAILED)
+  sys.argv = [f'launch {name}', *rest]
+  command.run()
 
 
 if __name__ == '__main__':

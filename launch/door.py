@@ -20,66 +20,102 @@ from gsae_jax.errors import UserError
 from launch import identity, package, specs
 from launch.submission import Submission
 
-_CONFIG = program.define_config()
-_RUN = flags.DEFINE_string(
-  'run', None, 'The folder of the run, gs://BUCKET/runs/NAME.'
-)
-flags.mark_flag_as_required('run')
 
-
-def define_submission() -> None:
-  """Flags of `submit`."""
+def define_run(values: flags.FlagValues) -> None:
+  """Adds the flags of every verb."""
+  program.define_config(values)
   flags.DEFINE_string(
-    'store', None, 'The activation store, if it is not of this run alone.'
+    'run',
+    None,
+    'The folder of the run, gs://BUCKET/runs/NAME.',
+    flag_values=values,
+  )
+  flags.mark_flag_as_required('run', values)
+
+
+def define_submission(values: flags.FlagValues) -> None:
+  """Adds the flags of `submit`."""
+  flags.DEFINE_string(
+    'store',
+    None,
+    'The activation store, if it is not of this run alone.',
+    flag_values=values,
   )
   flags.DEFINE_list(
-    'steps', None, 'Of harvest, train and evaluate; all, if left out.'
+    'steps',
+    None,
+    'Of harvest, train and evaluate; all, if left out.',
+    flag_values=values,
   )
   flags.DEFINE_multi_string(
-    'allow-config-change', [], 'A field that may differ from the run so far.'
+    'allow-config-change',
+    [],
+    'A field that may differ from the run so far.',
+    flag_values=values,
   )
   flags.DEFINE_bool(
-    'dry_run', False, 'Show what would be sent, and send nothing.'
+    'dry_run',
+    False,
+    'Show what would be sent, and send nothing.',
+    flag_values=values,
   )
-  flags.mark_flag_as_required('config')
+  flags.mark_flag_as_required('config', values)
 
 
-def define_machines() -> None:
-  """Flags of `submit` where machines are lent."""
-  flags.DEFINE_string('topology', None, 'TPU slice, as preflight: v5e:4x4.')
-  flags.DEFINE_integer('slices', 1, 'How many of them, as one mesh.')
+def define_machines(values: flags.FlagValues) -> None:
+  """Adds the flags of `submit` on rented machines."""
   flags.DEFINE_string(
-    'evaluator', None, 'Another slice that evaluates while the first trains.'
+    'topology', None, 'TPU slice, as preflight: v5e:4x4.', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'slices', 1, 'How many of them, as one mesh.', flag_values=values
+  )
+  flags.DEFINE_string(
+    'evaluator',
+    None,
+    'Another slice that evaluates while the first trains.',
+    flag_values=values,
   )
   flags.DEFINE_multi_string(
-    'env', [], 'NAME=VALUE for the programs. Whoever sees the run sees it too.'
+    'env',
+    [],
+    'NAME=VALUE for the programs. Whoever sees the run sees it too.',
+    flag_values=values,
   )
-  flags.mark_flag_as_required('topology')
+  flags.mark_flag_as_required('topology', values)
 
 
-def define_following(verb: str, seconds: float) -> None:
-  """Flags of `watch` and `logs`."""
+def define_following(
+  values: flags.FlagValues, verb: str, seconds: float
+) -> None:
+  """Adds the flags of `watch` and `logs`."""
   if verb == 'watch':
-    flags.DEFINE_float('poll_seconds', seconds, 'How often it looks.')
+    flags.DEFINE_float(
+      'poll_seconds', seconds, 'How often it looks.', flag_values=values
+    )
   if verb == 'logs':
-    flags.DEFINE_string('host', '0-0', 'SLICE-HOST whose log is shown.')
+    flags.DEFINE_string(
+      'host', '0-0', 'SLICE-HOST whose log is shown.', flag_values=values
+    )
 
 
-def run_folder(*, remote: bool) -> epath.Path:
+def run_folder(given: flags.FlagValues, *, remote: bool) -> epath.Path:
   """What `--run` names; where machines are lent, its name fits theirs."""
-  run = identity.open_run(_RUN.value, remote=remote)
+  run = identity.open_run(given.run, remote=remote)
   if remote:
     specs.check_name(run.name)
   return run
 
 
-def read_launch(target: str, *, remote: bool) -> tuple[epath.Path, dict]:
+def read_launch(
+  given: flags.FlagValues, target: str, *, remote: bool
+) -> tuple[epath.Path, dict]:
   """The run of `--run`, and what was asked for.
 
   Raises:
     UserError: it was never submitted, elsewhere, or with another `--config`.
   """
-  run = run_folder(remote=remote)
+  run = run_folder(given, remote=remote)
   with identity.storage(run, 'read'):
     launch = identity.read_json(run / 'launch.json')
     if launch is None:
@@ -89,17 +125,18 @@ def read_launch(target: str, *, remote: bool) -> tuple[epath.Path, dict]:
         f'--run: {run} was submitted by `launch {launch["target"]}`, which knows '
         'about it'
       )
-    if _CONFIG.present:
-      identity.check_config(run, _plain(program.read_config(_CONFIG)))
+    if given['config'].present:
+      identity.check_config(run, _plain(program.read_config(given)))
   return run, launch
 
 
 def read_submission(
-  *, chips: int, remote: bool, bare: bool = False
+  given: flags.FlagValues, *, chips: int, remote: bool, bare: bool = False
 ) -> Submission:
-  """What the flags of `submit` describe.
+  """Returns what the flags of `submit` describe.
 
   Args:
+    given: the parsed flags.
     chips: that training is divided over.
     remote: other machines run it.
     bare: there is nothing on them but what is sent.
@@ -107,12 +144,12 @@ def read_submission(
   Raises:
     UserError: they do not fit together, or to the working tree.
   """
-  run = run_folder(remote=remote)
-  config = _plain(program.read_config(_CONFIG))
+  run = run_folder(given, remote=remote)
+  config = _plain(program.read_config(given))
   # Whether it has all fields is looked at below.
   streams = config.get('loader', {}).get('source') == 'stream'
-  steps = _steps(flags.FLAGS.steps, streams)
-  store = flags.FLAGS.store
+  steps = _steps(given.steps, streams)
+  store = given.store
   if streams and store:
     raise UserError("--store: loader.source is 'stream'; leave it out")
   if store:
@@ -120,7 +157,7 @@ def read_submission(
   root = package.root_of(pathlib.Path.cwd())
   code = package.pack(root)
   trains = bool({'train', 'stream'} & set(steps))
-  config_flags = _config_flags(root, code, chips if trains else None)
+  config_flags = _config_flags(given, root, code, chips if trains else None)
   if bare:
     _check_reached(config, code)
   return Submission(
@@ -129,7 +166,7 @@ def read_submission(
     config_flags=config_flags,
     steps=steps,
     store=None if streams else (store or f'{run}/store'),
-    allowed=tuple(flags.FLAGS['allow-config-change'].value),
+    allowed=tuple(given['allow-config-change'].value or ()),
     code=code,
   )
 
@@ -188,11 +225,15 @@ def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _config_flags(
-  root: pathlib.Path, code: package.Code, chips: int | None
+  given: flags.FlagValues,
+  root: pathlib.Path,
+  code: package.Code,
+  chips: int | None,
 ) -> tuple[str, ...]:
   """What gives a program at the root of the packed tree this config.
 
   Args:
+    given: the parsed flags.
     root: of the tree.
     code: what is sent of it.
     chips: that its mesh is to cover.
@@ -200,7 +241,7 @@ def _config_flags(
   Raises:
     UserError: its file is not in the tree, or it cannot be run.
   """
-  flag = flags.FLAGS['config']
+  flag = given['config']
   name, colon, argument = config_flags.get_config_filename(flag).partition(':')
   file = pathlib.Path(name).resolve()
   below = file.relative_to(root) if file.is_relative_to(root) else None
@@ -236,14 +277,14 @@ def _check_fields(root: pathlib.Path, given: tuple[str, ...]) -> None:
     raise UserError(lines[-1].removeprefix('error: '))
 
 
-def read_environment() -> dict[str, str]:
+def read_environment(given: flags.FlagValues) -> dict[str, str]:
   """The variables of `--env`.
 
   Raises:
     UserError: one has no name or no value.
   """
   found = {}
-  for text in flags.FLAGS.env:
+  for text in given.env:
     name, equals, value = text.partition('=')
     if not equals or not re.fullmatch(r'[A-Za-z_]\w*', name, re.A):
       raise UserError(f'--env: {text!r} is not NAME=VALUE')
@@ -251,17 +292,16 @@ def read_environment() -> dict[str, str]:
   return found
 
 
-def make_pause() -> Callable[..., None]:
-  """Waits some seconds, or until it is time for `watch` to look again.
+def make_pause(poll_seconds: float = 0.0) -> Callable[..., None]:
+  """Returns a function that waits, and raises Preempted when a signal comes.
 
-  It raises Preempted when a signal comes; the run itself goes on.
+  It takes seconds; without them it waits `poll_seconds`. A signal ends the wait,
+  and not the run.
   """
   preempted = program.Preemption()
 
-  def pause(seconds: float | None = None) -> None:
+  def pause(seconds: float = poll_seconds) -> None:
     preempted.check()
-    if seconds is None:
-      seconds = flags.FLAGS.poll_seconds
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
       time.sleep(min(0.2, left))

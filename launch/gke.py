@@ -13,28 +13,45 @@ from launch.script import startup_script
 from launch.submission import asked_before, check_hosts, date_of_packages
 
 
-def define(verb: str) -> None:
-  """Flags of a verb."""
+def define_flags(values: flags.FlagValues, verb: str) -> None:
+  """Adds the flags of a verb."""
+  door.define_run(values)
   if verb == 'submit':
-    door.define_submission()
-    door.define_machines()
-    flags.DEFINE_bool('spot', False, 'Cheaper, and taken away at any time.')
-    flags.DEFINE_string(
-      'context', None, "Of kubectl, if not its present one's."
-    )
-    flags.DEFINE_string('namespace', 'default', 'Of the JobSet.')
-    flags.DEFINE_string('queue', None, "Kueue's LocalQueue, if there is one.")
-    flags.DEFINE_string(
-      'image', 'python:3.12', 'With bash, curl and tar in it.'
+    door.define_submission(values)
+    door.define_machines(values)
+    flags.DEFINE_bool(
+      'spot', False, 'Cheaper, and taken away at any time.', flag_values=values
     )
     flags.DEFINE_string(
-      'service_account', None, 'Of Kubernetes, which may use the bucket.'
+      'context',
+      None,
+      "Of kubectl, if not its present one's.",
+      flag_values=values,
     )
-  door.define_following(verb, 30.0)
+    flags.DEFINE_string(
+      'namespace', 'default', 'Of the JobSet.', flag_values=values
+    )
+    flags.DEFINE_string(
+      'queue', None, "Kueue's LocalQueue, if there is one.", flag_values=values
+    )
+    flags.DEFINE_string(
+      'image',
+      'python:3.12',
+      'With bash, curl and tar in it.',
+      flag_values=values,
+    )
+    flags.DEFINE_string(
+      'service_account',
+      None,
+      'Of Kubernetes, which may use the bucket.',
+      flag_values=values,
+    )
+  door.define_following(values, verb, 30.0)
 
 
-def _spec(topology: str, flag: str, slices: int) -> jobset.JobSpec:
-  given = flags.FLAGS
+def _spec(
+  given: flags.FlagValues, topology: str, flag: str, slices: int
+) -> jobset.JobSpec:
   specs.check_slices(slices)
   return jobset.JobSpec(
     slice=specs.parse_slice(topology, flag),
@@ -47,14 +64,13 @@ def _spec(topology: str, flag: str, slices: int) -> jobset.JobSpec:
   )
 
 
-def submit() -> None:
-  given = flags.FLAGS
-  roles = {'trainer': _spec(given.topology, '--topology', given.slices)}
+def submit(given: flags.FlagValues) -> None:
+  roles = {'trainer': _spec(given, given.topology, '--topology', given.slices)}
   if given.evaluator:
-    roles['evaluator'] = _spec(given.evaluator, '--evaluator', 1)
-  environment = door.read_environment()
+    roles['evaluator'] = _spec(given, given.evaluator, '--evaluator', 1)
+  environment = door.read_environment(given)
   chips = roles['trainer'].slice.chips * given.slices
-  run = door.read_submission(chips=chips, remote=True)
+  run = door.read_submission(given, chips=chips, remote=True)
   check_hosts(run.store is None, roles['trainer'].slice.hosts * given.slices)
   dry = given.dry_run
   date = identity.now() if dry else date_of_packages(run.run)
@@ -111,18 +127,18 @@ def _roles(launch: dict) -> tuple[str, ...]:
   return identity.ROLES[: len(launch['jobsets'])]
 
 
-def status() -> None:
-  run, launch = door.read_launch('gke', remote=True)
+def status(given: flags.FlagValues) -> None:
+  run, launch = door.read_launch(given, 'gke', remote=True)
   print(
     kubectl.run(launch, *_named(launch, 'get'), '--ignore-not-found'), end=''
   )
   view.show_state(run)
 
 
-def watch() -> None:
+def watch(given: flags.FlagValues) -> None:
   """JobSet starts again what was preempted; this only looks."""
-  run, launch = door.read_launch('gke', remote=True)
-  pause = door.make_pause()
+  run, launch = door.read_launch(given, 'gke', remote=True)
+  pause = door.make_pause(given.poll_seconds)
   patience, shown = Patience(), set()
   while True:
     with patience.bear():
@@ -153,13 +169,13 @@ def _conditions(launch: dict) -> list[str]:
   ]
 
 
-def logs() -> None:
-  run, _ = door.read_launch('gke', remote=True)
-  view.show_log(run, flags.FLAGS.host)
+def logs(given: flags.FlagValues) -> None:
+  run, _ = door.read_launch(given, 'gke', remote=True)
+  view.show_log(run, given.host)
 
 
-def delete() -> None:
-  run, launch = door.read_launch('gke', remote=True)
+def delete(given: flags.FlagValues) -> None:
+  run, launch = door.read_launch(given, 'gke', remote=True)
   with identity.storage(run, 'write to'):
     identity.tell_deleted(run, _roles(launch))
   names = _named(launch, 'delete')

@@ -17,7 +17,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -87,6 +88,7 @@ def write_json(path: epath.Path, value: dict) -> None:
 
 def flat(tree, prefix: str = '') -> dict[str, object]:
   """Values by dotted name, as `--config.train.steps` has them."""
+  items: Iterable[tuple[Any, Any]]
   if isinstance(tree, dict):
     items = tree.items()
   elif isinstance(tree, list) and any(isinstance(v, dict) for v in tree):
@@ -94,7 +96,7 @@ def flat(tree, prefix: str = '') -> dict[str, object]:
     items = ((v.get('name', i), v) for i, v in enumerate(tree))
   else:
     return {prefix: tree}
-  found = {}
+  found: dict[str, object] = {}
   for name, value in items:
     found |= flat(value, f'{prefix}.{name}' if prefix else str(name))
   return found

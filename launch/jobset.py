@@ -110,7 +110,7 @@ def _pod(spec: JobSpec, script: str) -> dict[str, Any]:
   if spec.spot:
     selector['cloud.google.com/gke-spot'] = 'true'
   chips = {'google.com/tpu': str(spec.slice.chips_per_host)}
-  pod = {
+  pod: dict[str, Any] = {
     'restartPolicy': 'Never',
     'terminationGracePeriodSeconds': _GRACE,
     'nodeSelector': selector,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
@@ -23,23 +24,28 @@ from launch.submission import Submission, asked_before, check_hosts
 _POLL = 0.05
 
 
-def define(verb: str) -> None:
-  """Flags of a verb."""
+def define_flags(values: flags.FlagValues, verb: str) -> None:
+  """Adds the flags of a verb."""
+  door.define_run(values)
   if verb == 'submit':
-    door.define_submission()
-    flags.DEFINE_integer('processes', 1, 'As many as there would be hosts.')
-    flags.DEFINE_integer('devices', 1, 'Fake ones, of each.')
-  door.define_following(verb, 1.0)
+    door.define_submission(values)
+    flags.DEFINE_integer(
+      'processes', 1, 'As many as there would be hosts.', flag_values=values
+    )
+    flags.DEFINE_integer(
+      'devices', 1, 'Fake ones, of each.', flag_values=values
+    )
+  door.define_following(values, verb, 1.0)
 
 
-def submit() -> int:
+def submit(given: flags.FlagValues) -> int:
   """Runs to the end, in the foreground; returns the exit code."""
-  given = flags.FLAGS
   for name in ('processes', 'devices'):
-    if given[name].value < 1:
-      raise UserError(f'--{name}: {given[name].value} is less than 1')
+    count: int = getattr(given, name)
+    if count < 1:
+      raise UserError(f'--{name}: {count} is less than 1')
   chips = given.processes * given.devices
-  run = door.read_submission(chips=chips, remote=False)
+  run = door.read_submission(given, chips=chips, remote=False)
   check_hosts(run.store is None, given.processes)
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
@@ -75,7 +81,7 @@ def _run(
   run: Submission, commands: list[list[str]], environment: dict[str, str]
 ) -> int:
   workers: list[subprocess.Popen] = []
-  launch = {'target': 'local', 'code': run.code.id, 'pids': []}
+  launch: dict[str, Any] = {'target': 'local', 'code': run.code.id, 'pids': []}
 
   def forward(number, frame):
     del frame
@@ -168,30 +174,30 @@ def _list(pids: list[int]) -> str:
   return ', '.join(map(str, pids)) or 'none'
 
 
-def status() -> None:
-  run, launch = door.read_launch('local', remote=False)
+def status(given: flags.FlagValues) -> None:
+  run, launch = door.read_launch(given, 'local', remote=False)
   print(f'processes: {_list(_alive(launch))}')
   view.show_state(run)
 
 
-def watch() -> int:
+def watch(given: flags.FlagValues) -> int:
   """Until the processes are gone; returns the exit code of such a run."""
-  run, launch = door.read_launch('local', remote=False)
-  pause = door.make_pause()
+  run, launch = door.read_launch(given, 'local', remote=False)
+  pause = door.make_pause(given.poll_seconds)
   while _alive(launch):
     pause()
   view.conclude(run)
   return 0 if view.is_over(run, 'trainer') else PREEMPTED
 
 
-def logs() -> None:
-  run, _ = door.read_launch('local', remote=False)
-  view.show_log(run, flags.FLAGS.host)
+def logs(given: flags.FlagValues) -> None:
+  run, _ = door.read_launch(given, 'local', remote=False)
+  view.show_log(run, given.host)
 
 
-def delete() -> None:
+def delete(given: flags.FlagValues) -> None:
   """Stops the processes, which save; the folder stays."""
-  run, launch = door.read_launch('local', remote=False)
+  run, launch = door.read_launch(given, 'local', remote=False)
   pids = _alive(launch)
   identity.tell_deleted(run, ('trainer',))  # Before, for who watches.
   _stop(launch)

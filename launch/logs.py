@@ -1,9 +1,9 @@
 """What a program prints, shown and kept in the run's folder as it grows."""
 
+import io
 import sys
 import threading
 import time
-from typing import BinaryIO
 
 from etils import epath
 
@@ -21,7 +21,7 @@ class Log(threading.Thread):
   last, so that days of it are a line.
   """
 
-  def __init__(self, pipe: BinaryIO, path: epath.Path):
+  def __init__(self, pipe: io.BufferedReader, path: epath.Path):
     super().__init__(daemon=True)
     self._pipe, self._path = pipe, path
     self._lines, self._last = bytearray(), b''

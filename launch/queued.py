@@ -199,7 +199,7 @@ def _line(text: str) -> str:
 
 
 def _refusal(error: 'exceptions.GoogleAPIError') -> str:
-  text = _line(getattr(error, 'message', error))
+  text = _line(getattr(error, 'message', str(error)))
   return f'Cloud TPU refuses ({type(error).__name__}): {text}'
 
 

@@ -11,27 +11,45 @@ from launch.script import startup_script
 from launch.submission import asked_before, check_hosts, date_of_packages
 
 
-def define(verb: str) -> None:
-  """Flags of a verb."""
+def define_flags(values: flags.FlagValues, verb: str) -> None:
+  """Adds the flags of a verb."""
+  door.define_run(values)
   if verb == 'submit':
-    door.define_submission()
-    door.define_machines()
-    flags.DEFINE_string('project', None, "Google Cloud's id of the project.")
-    flags.DEFINE_string('zone', None, 'Such as us-west4-a.')
-    flags.DEFINE_bool('spot', False, 'Cheaper, and taken away at any time.')
-    flags.DEFINE_string('runtime', None, "Image, if not the generation's own.")
-    flags.DEFINE_string('service_account', None, 'Of the machines.')
-    flags.DEFINE_string('network', None, "If not 'default'.")
-    flags.DEFINE_integer('valid_hours', None, 'Give up waiting after so many.')
-    flags.DEFINE_bool('keep', False, 'Leave the machines when all is over.')
-    flags.mark_flags_as_required(['project', 'zone'])
-  door.define_following(verb, 30.0)
+    door.define_submission(values)
+    door.define_machines(values)
+    flags.DEFINE_string(
+      'project', None, "Google Cloud's id of the project.", flag_values=values
+    )
+    flags.DEFINE_string('zone', None, 'Such as us-west4-a.', flag_values=values)
+    flags.DEFINE_bool(
+      'spot', False, 'Cheaper, and taken away at any time.', flag_values=values
+    )
+    flags.DEFINE_string(
+      'runtime', None, "Image, if not the generation's own.", flag_values=values
+    )
+    flags.DEFINE_string(
+      'service_account', None, 'Of the machines.', flag_values=values
+    )
+    flags.DEFINE_string(
+      'network', None, "If not 'default'.", flag_values=values
+    )
+    flags.DEFINE_integer(
+      'valid_hours', None, 'Give up waiting after so many.', flag_values=values
+    )
+    flags.DEFINE_bool(
+      'keep', False, 'Leave the machines when all is over.', flag_values=values
+    )
+    flags.mark_flags_as_required(['project', 'zone'], values)
+  door.define_following(values, verb, 30.0)
 
 
 def _spec(
-  topology: str, flag: str, slices: int, runtime: str | None
+  given: flags.FlagValues,
+  topology: str,
+  flag: str,
+  slices: int,
+  runtime: str | None,
 ) -> specs.TpuSpec:
-  given = flags.FLAGS
   slice_ = specs.parse_slice(topology, flag)
   return specs.TpuSpec(
     project=given.project,
@@ -46,16 +64,17 @@ def _spec(
   )
 
 
-def submit() -> None:
-  given = flags.FLAGS
+def submit(given: flags.FlagValues) -> None:
   roles = {
-    'trainer': _spec(given.topology, '--topology', given.slices, given.runtime)
+    'trainer': _spec(
+      given, given.topology, '--topology', given.slices, given.runtime
+    )
   }
   if given.evaluator:
-    roles['evaluator'] = _spec(given.evaluator, '--evaluator', 1, None)
-  environment = door.read_environment()
+    roles['evaluator'] = _spec(given, given.evaluator, '--evaluator', 1, None)
+  environment = door.read_environment(given)
   chips = roles['trainer'].slice.chips * given.slices
-  run = door.read_submission(chips=chips, remote=True, bare=True)
+  run = door.read_submission(given, chips=chips, remote=True, bare=True)
   hosts = roles['trainer'].slice.hosts * given.slices
   check_hosts(run.store is None, hosts)
   dry = given.dry_run
@@ -89,7 +108,7 @@ def submit() -> None:
     tuple(roles),
     {'date': date, 'keep': given.keep, 'requests': requests},
   )
-  asked_for = []
+  asked_for: list[str] = []
   for request in requests.values():
     try:
       cloud.create(queued.from_json(request))
@@ -104,8 +123,8 @@ def submit() -> None:
   print(f'{run.name}: {hosts} hosts asked for; `launch tpu watch` follows it')
 
 
-def status() -> None:
-  run, launch = door.read_launch('tpu', remote=True)
+def status(given: flags.FlagValues) -> None:
+  run, launch = door.read_launch(given, 'tpu', remote=True)
   cloud = queued.Cloud()
   for role, request in launch['requests'].items():
     state, why = cloud.state(queued.full_name(request))
@@ -113,19 +132,19 @@ def status() -> None:
   view.show_state(run)
 
 
-def watch() -> None:
-  run, launch = door.read_launch('tpu', remote=True)
-  pause = door.make_pause()
+def watch(given: flags.FlagValues) -> None:
+  run, launch = door.read_launch(given, 'tpu', remote=True)
+  pause = door.make_pause(given.poll_seconds)
   follow(run, launch, queued.Cloud(pause=pause), pause)
 
 
-def logs() -> None:
-  run, _ = door.read_launch('tpu', remote=True)
-  view.show_log(run, flags.FLAGS.host)
+def logs(given: flags.FlagValues) -> None:
+  run, _ = door.read_launch(given, 'tpu', remote=True)
+  view.show_log(run, given.host)
 
 
-def delete() -> None:
-  run, launch = door.read_launch('tpu', remote=True)
+def delete(given: flags.FlagValues) -> None:
+  run, launch = door.read_launch(given, 'tpu', remote=True)
   cloud = queued.Cloud(pause=door.make_pause())
   roles = tuple(launch['requests'])
   with identity.storage(run, 'write to'):  # Before, or `watch` asks again.

@@ -12,11 +12,13 @@ be taken away, make the step save and leave; the worker then leaves with 42.
 import argparse
 import functools
 import http.client
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from typing import cast
 
 from gsae_jax import paths
 from gsae_jax.errors import FAILED, PREEMPTED, UserError
@@ -53,8 +55,8 @@ class Worker:
       slice_, host = metadata.place()
     self.is_first = (slice_, host) == (0, 0)
     self._host = f'{slice_}-{host}'
-    self._child = None
-    self._why = None  # It has to stop.
+    self._child: subprocess.Popen[bytes] | None = None
+    self._why: str | None = None  # It has to stop.
 
   def stop(self, why: str, number: int = signal.SIGTERM) -> None:
     """Makes the step that runs save and leave."""
@@ -131,7 +133,8 @@ class Worker:
     )
     if self._why:  # It came in between.
       child.terminate()
-    log = logs.Log(child.stdout, logs.log_path(self._run, step, self._host))
+    pipe = cast(io.BufferedReader, child.stdout)  # Of PIPE, in bytes.
+    log = logs.Log(pipe, logs.log_path(self._run, step, self._host))
     code = child.wait()
     log.finish()
     return code

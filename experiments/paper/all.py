@@ -79,5 +79,7 @@ def main(s: study.Study) -> None:
   print(path)
 
 
+COMMAND = study.command(main)
+
 if __name__ == '__main__':
-  study.run(main)
+  COMMAND.run()

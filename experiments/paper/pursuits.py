@@ -21,12 +21,19 @@ from gsae_jax.evaluation.pursuit import METHODS, Pursuit
 from gsae_jax.sae import make_module
 from gsae_jax.training.checkpoints import Checkpoints
 
-_MEMBERS = flags.DEFINE_list('members', None, 'Names of the SAEs.')
-_K = flags.DEFINE_list(
-  'k', '5,10,20,40', 'Atoms per token; those above the width are left out.'
-)
-_OUT = flags.DEFINE_string('out', None, 'Where to write.')
-flags.mark_flags_as_required(['members', 'out'])
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command, and those of gsae_jax.evaluate."""
+  evaluate.define_flags(values)
+  flags.DEFINE_list('members', None, 'Names of the SAEs.', flag_values=values)
+  flags.DEFINE_list(
+    'k',
+    '5,10,20,40',
+    'Atoms per token; those above the width are left out.',
+    flag_values=values,
+  )
+  flags.DEFINE_string('out', None, 'Where to write.', flag_values=values)
+  flags.mark_flags_as_required(['members', 'out'], values)
 
 
 def variants(name: str, member: dict, params: dict, ks: list[int]) -> dict:
@@ -49,28 +56,28 @@ def variants(name: str, member: dict, params: dict, ks: list[int]) -> dict:
   return found
 
 
-def main() -> int:
+def main(given: flags.FlagValues) -> int:
   preempted = program.Preemption()
-  config = config_lib.parse(program.read_config(flags.FLAGS['config']))
-  workdir = paths.workdir(flags.FLAGS.workdir)
+  config = config_lib.parse(program.read_config(given))
+  workdir = paths.workdir(given.workdir)
   with Checkpoints(str(workdir), read_only=True) as checkpoints:
     step = checkpoints.steps()[-1]
     trained = checkpoints.metadata(step)
     members = {m['name']: m for m in trained['members']}
-    unknown = [name for name in _MEMBERS.value if name not in members]
+    unknown = [name for name in given.members if name not in members]
     if unknown:
       raise UserError(f'--members: {workdir} has no SAE {unknown[0]!r}')
     params = checkpoints.restore_params(
-      step, {name: members[name]['shapes'] for name in _MEMBERS.value}
+      step, {name: members[name]['shapes'] for name in given.members}
     )
   own = dataclasses.replace(config.eval, special_tokens='text')
   config = dataclasses.replace(config, eval=own)
   evaluator = evaluate.make_evaluator(config, trained)
   values, sums, sites = [], {}, {}
-  for dictionary in _MEMBERS.value:
+  for dictionary in given.members:
     preempted.check()
     m = members[dictionary]
-    ks = [k for k in map(int, _K.value) if k <= m['width']]
+    ks = [k for k in map(int, given.k) if k <= m['width']]
     tried = variants(dictionary, m, params[dictionary], ks)
     found = evaluator.run({name: sae for name, (_, sae) in tried.items()})
     for name, (about, _) in tried.items():
@@ -93,7 +100,7 @@ def main() -> int:
           'evaluation': evaluate.settings(config, False),
         }
       )
-  out = paths.workdir(_OUT.value)
+  out = paths.workdir(given.out)
   documents = records.Documents(evaluator.ids, sums)
   paths.write_whole(
     records.documents_path(out, step), records.pack(documents, sites)
@@ -104,5 +111,7 @@ def main() -> int:
   return 0
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

@@ -235,71 +235,90 @@ def _flat(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
     yield prefix, tree
 
 
-def define_flags() -> Callable[[], Study]:
-  """The flags of every command here; returns what reads them."""
-  config = program.define_config()
-  workdir = flags.DEFINE_string('workdir', None, 'Of the whole study.')
-  store = flags.DEFINE_string(
-    'store', None, 'An activation store that is there; else one is harvested.'
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of every command of this folder."""
+  program.define_config(values)
+  flags.DEFINE_string(
+    'workdir', None, 'Of the whole study.', flag_values=values
   )
-  coefficients = flags.DEFINE_integer(
-    'coefficients', 8, 'L1 coefficients of each arm.', lower_bound=2
+  flags.DEFINE_string(
+    'store',
+    None,
+    'An activation store that is there; else one is harvested.',
+    flag_values=values,
   )
-  seeds = flags.DEFINE_integer(
-    'seeds', 3, 'Seeds of each coefficient.', lower_bound=1
+  flags.DEFINE_integer(
+    'coefficients',
+    8,
+    'L1 coefficients of each arm.',
+    lower_bound=2,
+    flag_values=values,
   )
-  site = flags.DEFINE_string(
-    'ablation_site', None, "Of the variants; None is the config's first site."
+  flags.DEFINE_integer(
+    'seeds', 3, 'Seeds of each coefficient.', lower_bound=1, flag_values=values
   )
-  few = flags.DEFINE_integer(
+  flags.DEFINE_string(
+    'ablation_site',
+    None,
+    "Of the variants; None is the config's first site.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
     'ablation_coefficients',
     4,
     'L1 coefficients of each variant.',
     lower_bound=2,
+    flag_values=values,
   )
-  overlay = flags.DEFINE_string(
-    'overlay', None, "The paper's rows in pareto.py's figures, as MODEL:SITE."
+  flags.DEFINE_string(
+    'overlay',
+    None,
+    "The paper's rows in pareto.py's figures, as MODEL:SITE.",
+    flag_values=values,
   )
-  flags.mark_flags_as_required(['config', 'workdir'])
+  flags.mark_flags_as_required(['config', 'workdir'], values)
 
-  def read() -> Study:
-    raw = program.read_config(config)
-    parsed = config_lib.parse(raw)
-    sites = tuple(arms.find(parsed.saes))
-    chosen = site.value or sites[0]
-    if chosen not in sites:
-      raise UserError(
-        f'--ablation_site: {chosen!r} has not both arms; {", ".join(sites)} do'
-      )
-    if few.value > coefficients.value:
-      raise UserError(
-        f'--ablation_coefficients: {few.value} of {coefficients.value} '
-        '--coefficients; give fewer'
-      )
-    folder = paths.workdir(workdir.value)
-    own = str(folder / 'store')
-    if parsed.loader.source == 'stream':
-      own = None
-    return Study(
-      raw,
-      folder,
-      store.value or own,
-      store.value is not None,
-      coefficients.value,
-      seeds.value,
-      chosen,
-      few.value,
-      program.Preemption().__bool__,
-      overlay.value,
+
+def read(given: flags.FlagValues) -> Study:
+  """Returns the study that the parsed flags describe.
+
+  Raises:
+    UserError: they do not fit together.
+  """
+  raw = program.read_config(given)
+  parsed = config_lib.parse(raw)
+  sites = tuple(arms.find(parsed.saes))
+  chosen = given.ablation_site or sites[0]
+  if chosen not in sites:
+    raise UserError(
+      f'--ablation_site: {chosen!r} has not both arms; {", ".join(sites)} do'
     )
+  if given.ablation_coefficients > given.coefficients:
+    raise UserError(
+      f'--ablation_coefficients: {given.ablation_coefficients} of {given.coefficients} '
+      '--coefficients; give fewer'
+    )
+  folder = paths.workdir(given.workdir)
+  own = str(folder / 'store')
+  if parsed.loader.source == 'stream':
+    own = None
+  return Study(
+    raw,
+    folder,
+    given.store or own,
+    given.store is not None,
+    given.coefficients,
+    given.seeds,
+    chosen,
+    given.ablation_coefficients,
+    program.Preemption().__bool__,
+    given.overlay,
+  )
 
-  return read
 
-
-def run(main: Callable[[Study], None]) -> None:
-  """Runs a command of this folder, which takes the study that flags describe."""
-  read = define_flags()
-  program.run(lambda: main(read()))
+def command(main: Callable[[Study], None]) -> program.Command:
+  """Returns the command that passes the study that flags describe to `main`."""
+  return program.Command(define_flags, lambda given: main(read(given)))
 
 
 def draw(name: str, make: Callable[[Study], str]) -> None:
@@ -317,7 +336,7 @@ def draw(name: str, make: Callable[[Study], str]) -> None:
     paths.write_whole(path, text)
     print(path)
 
-  run(main)
+  command(main).run()
 
 
 def _everything(study: Study) -> None:
@@ -325,5 +344,7 @@ def _everything(study: Study) -> None:
     print(f'{part}: {study.run(part)}')
 
 
+COMMAND = command(_everything)
+
 if __name__ == '__main__':
-  run(_everything)
+  COMMAND.run()

@@ -237,13 +237,19 @@ def render(seed: int = 0) -> str:
   )
 
 
-def main(out: str) -> None:
-  path = epath.Path(out).expanduser()
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  flags.DEFINE_string('out', None, 'The page to write.', flag_values=values)
+  flags.mark_flag_as_required('out', values)
+
+
+def main(given: flags.FlagValues) -> None:
+  path = epath.Path(given.out).expanduser()
   paths.write_whole(path, render())
   print(path)
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  _OUT = flags.DEFINE_string('out', None, 'The page to write.')
-  flags.mark_flag_as_required('out')
-  program.run(lambda: main(_OUT.value))
+  COMMAND.run()

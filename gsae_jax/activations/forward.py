@@ -26,7 +26,7 @@ def nothing() -> None:
 
 def make_forward(
   module: Transformer, layout: Layout, sites: tuple[str, ...]
-) -> Callable[..., dict[str, jax.Array]]:
+) -> jax.stages.Wrapped:
   """The program of a pass, compiled when it is called.
 
   Returns:
@@ -43,7 +43,7 @@ def make_forward(
       x_BLD = taken[site]
       if encodings[site] is not None:
         mean_D, scale = encodings[site]
-        x_BLD = (x_BLD.astype(jnp.float32) - mean_D) / scale
+        x_BLD = (x_BLD.astype(jnp.float32) - mean_D[None, None]) / scale
       out[site] = x_BLD.astype(dtype)
     return out
 
@@ -115,6 +115,7 @@ class Forward:
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
       return math.inf
+    assert found is not None  # Every platform's compiler tells.
     results = 2 * found.output_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + results
 

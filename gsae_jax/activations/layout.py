@@ -40,15 +40,16 @@ class Encoding:
   Attributes:
     mean_D: float32, removed before the cast so that bfloat16 spends its bits on
       what differs between rows.
-    scale: a power of two, so that it costs no bits.
+    scale: float32, a power of two, so that it costs no bits.
   """
 
   mean_D: np.ndarray
-  scale: float
+  scale: np.float32
 
   def decode(self, stored: Any, dtype: Any = np.float32) -> Any:
-    """The activations; takes NumPy's arrays and JAX's."""
-    return stored.astype(dtype) * dtype(self.scale) + self.mean_D.astype(dtype)
+    """Returns the activations of rows `[N, D]`, NumPy's or JAX's."""
+    mean_1D = self.mean_D.astype(dtype)[None]
+    return stored.astype(dtype) * dtype(self.scale) + mean_1D
 
 
 def kvstore_spec(path: str, name: str = '') -> dict[str, Any]:
@@ -102,7 +103,9 @@ def array_specs(
     header: of its manifest: `rows`, `shard_rows`, `chunk_rows`, `dtype`, and
       `widths` by site.
   """
-  shapes = {name: ([], kind) for name, kind in ROW_ARRAYS.items()}
+  shapes: dict[str, tuple[list[int], str]] = {
+    name: ([], kind) for name, kind in ROW_ARRAYS.items()
+  }
   for site, width in header['widths'].items():
     shapes[f'{site}/activations'] = [width], header['dtype']
   return {
@@ -188,7 +191,7 @@ def accessing(path: str, doing: str) -> Iterator[None]:
     raise UserError(f'--store: cannot {doing} {path}: {reason(e)}') from e
 
 
-def is_damage(error: Exception) -> bool:
+def is_damage(error: BaseException | None) -> bool:
   """Whether an error is about what is there, and not about reaching it."""
   return str(error).startswith(
     ('DATA_LOSS', 'NOT_FOUND', 'OUT_OF_RANGE', 'INVALID_ARGUMENT',
@@ -232,7 +235,7 @@ def read_manifest(path: str) -> dict[str, Any] | None:
   )
   try:
     manifest = json.loads(value.value)
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{where} is not JSON ({e}); {remedy}') from e
   if not isinstance(manifest, dict) or 'schema' not in manifest:
     raise UserError(f'{where} is not a manifest; {remedy}')

@@ -67,8 +67,8 @@ class Loader:
     self._slice = self._unit // self._batches
     self._sites = tuple(sites)
     self._reader = Reader(store, sites, self._unit)
-    self._held = None  # The round that `rows_at` asked for last.
-    self._whole = None
+    self._held: _Round | None = None  # The round that `rows_at` asked for last.
+    self._whole: dict[str, np.ndarray] | None = None
     if in_memory:
       self._whole = self._read_whole(sites)
 
@@ -161,7 +161,7 @@ class Loader:
       first = 0
 
   def _read_whole(self, sites: Sequence[str]) -> dict[str, np.ndarray]:
-    whole = {}
+    whole: dict[str, np.ndarray] = {}
     for site in sites:
       pool = Pool(self._reader, np.arange(self._units), (site,))
       whole |= pool.rows()
@@ -187,7 +187,7 @@ class _Round:
     place_B = rows // loader._slice
     places = np.unique(place_B)
     self._count = len(places)
-    self._pool = None
+    self._pool: Pool | None = None
     self._whole = loader._whole
     shift_U = np.zeros(len(units), np.int64)
     if self._whole is None:
@@ -209,6 +209,7 @@ class _Round:
   def batch(self, i: int) -> dict[str, np.ndarray]:
     """The wanted rows of one of its batches, as stored."""
     pools = self._pool.rows() if self._pool else self._whole
+    assert pools is not None  # One of the two is there.
     return {
       site: pool_ND.take(self._rows_NB[i], axis=0)
       for site, pool_ND in pools.items()

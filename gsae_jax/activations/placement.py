@@ -13,7 +13,9 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   """Rows of a batch that this process's devices hold, ascending."""
   slices = sharding.addressable_devices_indices_map((batch_size,)).values()
   everything = np.arange(batch_size)
-  return np.unique(np.concatenate([everything[s] for (s,) in slices]))
+  return np.unique(
+    np.concatenate([everything[s] for (s,) in filter(None, slices)])
+  )
 
 
 class Placement:
@@ -30,7 +32,7 @@ class Placement:
     self._batch_size = batch_size
     # Decoded behind the transfer, which is of half the bytes.
     self._decode = {
-      site: e and jax.jit(e.decode, out_shardings=sharding)
+      site: None if e is None else jax.jit(e.decode, out_shardings=sharding)
       for site in sites
       for e in [store.sites[site].encoding]
     }
@@ -41,6 +43,7 @@ class Placement:
       batch[site] = jax.make_array_from_process_local_data(
         self._sharding, x_BD, (self._batch_size, x_BD.shape[1])
       )
-      if self._decode[site]:
-        batch[site] = self._decode[site](batch[site])
+      decode = self._decode[site]
+      if decode is not None:
+        batch[site] = decode(batch[site])
     return batch

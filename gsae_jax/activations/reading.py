@@ -93,7 +93,9 @@ class Reader:
     encoding = self.store.sites[site].encoding
     return stored_ND if encoding is None else encoding.decode(stored_ND)
 
-  def wait(self, site: str, unit: int, read: ts.Future) -> Any:
+  def wait(
+    self, site: str, unit: int, read: ts.Future | ts.WriteFutures
+  ) -> Any:
     """What a read of a unit gives; UserError when it is lost or damaged."""
     shard = unit * self.unit // self.store.shard_rows
     key = shards_lib.shard_key(f'{site}/activations', shard)
@@ -149,7 +151,7 @@ class Pool:
     self._unit_bytes = whole // len(units)
     self._at_once = max(2, _UNDER_WAY // self._unit_bytes)
     self._records = reader.read_records(units)
-    self._under_way: dict[int, dict[str, ts.Future]] = {}
+    self._under_way: dict[int, dict[str, ts.WriteFutures]] = {}
     self._started = self._arrived = 0
     self._checked = False
     self._start()

@@ -73,11 +73,15 @@ def read_record(raw: bytes, store: str, shard: int) -> Record:
   try:
     body = json.loads(raw)
     digest = body.pop('digest')
-  except (ValueError, KeyError, AttributeError, TypeError) as e:
+    # A manifest in a record's place has a digest, and neither of these.
+    place = body['store'], body['shard']
+  except (
+    ValueError, KeyError, AttributeError, TypeError, RecursionError
+  ) as e:  # fmt: skip
     raise Damaged('the record is damaged') from e
   if digest != sha256_of(body):
     raise Damaged('the record is damaged')
-  if (body['store'], body['shard']) != (store, shard):
+  if place != (store, shard):
     raise Foreign(
       f'it is shard {body["shard"]} of the store {body["store"][:12]}'
     )
@@ -98,7 +102,7 @@ class Foreign(Damaged):
   """A sound shard that belongs elsewhere."""
 
 
-def arrived(read: ts.Future, key: str) -> Any:
+def arrived(read: ts.Future | ts.WriteFutures, key: str) -> Any:
   """What a read gives.
 
   Args:
@@ -197,12 +201,12 @@ def make_record(
 def listed(kv: ts.KvStore, names: Iterable[str]) -> dict[str, set[int]]:
   """Shards that are there, by array name, and under `RECORDS`."""
   names = list(names)
-  found = {name: set() for name in [*names, RECORDS]}
+  found: dict[str, set[int]] = {name: set() for name in [*names, RECORDS]}
   record = re.compile(rf'{RECORDS}/(\d+)\.json')
   # c/<shard>/0, or c/<shard> where rows are scalars; lock files may lie about.
   shard = re.compile(r'(.+)/c/(\d+)(/0)?')
-  for key in kv.list().result():
-    key = key.decode()
+  for raw in kv.list().result():
+    key = raw.decode()
     if match := record.fullmatch(key):
       found[RECORDS].add(int(match[1]))
     elif (match := shard.fullmatch(key)) and match[1] in found:

@@ -77,11 +77,11 @@ class Source:
     window = self._windows.current
     contexts = window.contexts
     digest = hashlib.sha256()
-    digest.update(np.ascontiguousarray(contexts.ids_CL))
+    digest.update(np.ascontiguousarray(contexts.ids_CL).data)
     for of in (contexts.mask, contexts.special, contexts.documents):
       for chosen in contexts.slices():
-        digest.update(np.ascontiguousarray(of(chosen)))
-    digest.update(window.order_C)
+        digest.update(np.ascontiguousarray(of(chosen)).data)
+    digest.update(window.order_C.data)
     return digest.hexdigest()
 
   def set_epoch(self, epoch: int) -> None:
@@ -114,7 +114,8 @@ class Source:
     for site in self.sites:
       mean_D = sums[site] / count
       # Of a site that never changes there is nothing to scale.
-      variance = max(np.mean(squares[site] / count - mean_D**2), 0.0) or 1.0
+      mean_square = float(np.mean(squares[site] / count - mean_D**2))
+      variance = max(mean_square, 0.0) or 1.0
       encodings[site] = Encoding(
         mean_D=mean_D.astype(np.float32),
         scale=np.float32(2.0 ** np.round(np.log2(variance) / 2)),

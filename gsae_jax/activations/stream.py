@@ -5,7 +5,7 @@ who have the text and no disk. Every epoch runs the model again.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -73,10 +73,11 @@ class Stream:
     self.batch_size = batch_size
     self._tick = tick
     self._source = source
-    self._encodings: dict[str, Encoding | None] = dict.fromkeys(source.sites)
+    self._encodings: Mapping[str, Encoding | None]
+    self._encodings = dict.fromkeys(source.sites)
     if centre:
       self._encodings = source.encodings()
-    self._held = None
+    self._held: tuple[int, dict[str, np.ndarray]] | None = None
     self._per_buffer = rows // batch_size
     self._full_buffers = source.rows // rows  # An epoch leaves the rest out.
     statistics = {

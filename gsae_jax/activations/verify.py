@@ -1,7 +1,7 @@
 """Reads a whole store, finished or not, and says which files are bad."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class Verifier:
         if self.there:
           bad.append(Damage(None, f'{name}/zarr.json', str(e.__cause__)[:200]))
     yield bad
-    numbers = dict.fromkeys(self.there)
+    numbers: Collection[int] = dict.fromkeys(self.there)
     if 'sites' in self.manifest:
       numbers = range(self.shards)
     # The next shard is being read while this one is looked at.

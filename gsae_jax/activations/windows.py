@@ -89,7 +89,7 @@ class Windows:
 
   def close(self) -> None:
     """Leaves the window that is being made."""
-    self._made = None
+    self._made = iter(())
 
   def covering(
     self, start: int, stop: int, tick: Callable[[], None]

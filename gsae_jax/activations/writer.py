@@ -43,7 +43,7 @@ class StoreWriter:
     chunk_rows: int,
     buffer_rows: int,
     dtype: str,
-    make_encodings: Callable[[], dict[str, layout.Encoding | None]],
+    make_encodings: Callable[[], Mapping[str, layout.Encoding | None]],
     missing: np.ndarray | None = None,
   ):
     """Opens or creates the store.
@@ -73,7 +73,7 @@ class StoreWriter:
     self._chunk_rows = chunk_rows
     self._per_buffer = buffer_rows // shard_rows
     self._provenance = provenance
-    self._header = {
+    self._header: dict[str, Any] = {
       'schema': layout.SCHEMA,
       'identity': identity,
       'content_hash': None,  # Of the identity and of:
@@ -93,11 +93,11 @@ class StoreWriter:
         name: self._open(name, spec)
         for name, spec in layout.array_specs(path, self._header).items()
       }
-      self.missing = missing
       if missing is None:
-        self.missing = verify.missing_shards(
+        missing = verify.missing_shards(
           path, self._header, self._kv, self._arrays
         )
+      self.missing = missing
       if self.missing.any() and finished:
         self._write_manifest({})  # Unfinished again, until they are there.
     self._check_space()
@@ -217,15 +217,21 @@ class StoreWriter:
   def _write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
     start, stop = self._bounds(shard)
     try:
-      futures = [
-        self._arrays[name][start:stop].write(
-          v, can_reference_source_data_indefinitely=True
-        )
-        for name, v in values.items()
-      ]
+      write = lambda name: self._arrays[name][start:stop].write(
+        values[name], can_reference_source_data_indefinitely=True
+      )
+      futures = {name: write(name) for name in values}
       record = shards_lib.make_record(values, self.encodings, self._chunk_rows)
-      for future in futures:
-        future.result()
+      for name, future in futures.items():
+        try:
+          future.result()
+        except ValueError as e:
+          if not layout.is_damage(e):
+            raise
+          # The last shard is not full. TensorStore reads what is there before it
+          # writes a part, and cannot where that is damaged.
+          self._kv.write(shards_lib.shard_key(name, shard), None).result()
+          write(name).result()
       raw = record.to_json(self._header['content_hash'], shard)
       self._kv.write(shards_lib.shard_key(RECORDS, shard), raw).result()
     except UserError:

@@ -39,8 +39,9 @@ class Out:
     kept: what the next pass wants; stays where it was made.
   """
 
-  rows: dict[str, Any] = dataclasses.field(default_factory=dict)
-  sums: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # Dictionaries by name; `compile` has the axis or the sharding of each here.
+  rows: Any = dataclasses.field(default_factory=dict)
+  sums: Any = dataclasses.field(default_factory=dict)
   kept: Any = ()
 
 
@@ -121,7 +122,8 @@ class Devices:
     """SAEs in order, so many together as devices have room for."""
     stats = self.layout.mesh.local_devices[0].memory_stats()
     limit = SHARE * stats['bytes_limit'] if stats else np.inf
-    groups, held = [], 0
+    groups: list[dict[str, tuple]] = []
+    held = 0
     for name, sae in saes.items():
       size = sum(self._bytes(k, v) for k, v in sae[2].items())
       if not groups or held + size > limit:
@@ -168,7 +170,7 @@ class Devices:
       jax.tree.map(lambda v, i=i: v[i], kept) for i in range(self.layout.parts)
     ]
 
-  def compile(self, fn: Callable[..., Out]) -> Callable[..., Out]:
+  def compile(self, fn: Callable[..., Out]) -> jax.stages.Wrapped:
     """Compiles a pass, whose first argument is the language model's parameters."""
     if self.pmapped:
 

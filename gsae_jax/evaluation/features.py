@@ -25,12 +25,13 @@ def of(
   """The arrays of `read`, of what was measured and what directions do."""
   fired_F = measured.fired_F
   top = measured.top
+  assert top is not None and measured.activation_F is not None
   return {
     'density': fired_F / measured.sums['tokens'].sum(),
     'mean_activation': measured.activation_F / np.maximum(fired_F, 1),
-    'top_activations': top.activations_FK,
-    'top_contexts': top.contexts_FK,
-    'top_positions': top.positions_FK,
+    'top_activations': np.asarray(top.activations_FK),
+    'top_contexts': np.asarray(top.contexts_FK),
+    'top_positions': np.asarray(top.positions_FK),
     **effects,
   }
 
@@ -55,7 +56,7 @@ def read(
     and less likely (`lm.effects`); and of contexts, `ids` and `mask` `[C, L]`.
 
   Raises:
-    UserError: they were not written.
+    UserError: they were not written, or a file of them is damaged.
   """
   found = []
   for name in (member, 'contexts'):
@@ -68,5 +69,12 @@ def read(
         else "set eval.dashboards to 'all' and run gsae_jax.evaluate again"
       )
       raise UserError(f'{path} is not there; {remedy}')
-    found.append(safetensors.numpy.load(path.read_bytes()))
-  return tuple(found)
+    try:
+      found.append(safetensors.numpy.load(path.read_bytes()))
+    except (KeyError, ValueError, safetensors.SafetensorError) as e:
+      raise UserError(
+        f'{path} is damaged ({e}); delete step_{step}.json next to its folder and '
+        'run gsae_jax.evaluate again'
+      ) from e
+  features, contexts = found
+  return features, contexts

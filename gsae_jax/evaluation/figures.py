@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT = 560, 360
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 48
+_LARGEST = 3.4e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Axis:
       low, high = math.log10(low), math.log10(high)
     pad = 0.06 * (high - low) or 0.05 * abs(high)
     self._low, self._high = low - pad, high + pad
-    if not pad:  # Zero all along: the axis goes up from it.
+    if pad < 1e-300:  # Zero all along, or as good as: the axis goes up from it.
       self._low, self._high = -0.06, 1.06
     self._first, self._last = first, last
 
@@ -75,10 +76,23 @@ class Axis:
     decades = range(math.floor(self._low), math.ceil(self._high) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
       values = [d * 10.0**e for e in decades for d in digits]
-      kept = [v for v in values if self._low <= math.log10(v) <= self._high]
+      kept = [
+        v for v in values if v and self._low <= math.log10(v) <= self._high
+      ]
       if len(kept) >= 4:
         break
     return kept
+
+
+def has_place(value: object) -> bool:
+  """Whether a value is a number that an axis has a place for.
+
+  Those are finite and no larger than a float32 holds: training and evaluation
+  give no others.
+  """
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  return abs(value) <= _LARGEST  # False for NaN too.
 
 
 def number(value: float) -> str:

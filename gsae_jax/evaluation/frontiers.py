@@ -245,8 +245,8 @@ def compare(
   if np.isnan(ratio):
     return None
   pairs = [
-    pair if None not in pair else None
-    for pair in zip(a.drawn, b.drawn, strict=True)
+    None if x is None or y is None else (x, y)
+    for x, y in zip(a.drawn, b.drawn, strict=True)
   ]
   undefined = (np.nan,) * 3
   ratio_R, share_R, gap_R = np.array(
@@ -314,4 +314,6 @@ def band(
     ]
   )
   bounds = map(bootstrap.interval, drawn_RK.T)
-  return [(float(np.exp(x)), *b) for x, b in zip(at, bounds, strict=True) if b]
+  return [
+    (float(np.exp(x)), b[0], b[1]) for x, b in zip(at, bounds, strict=True) if b
+  ]

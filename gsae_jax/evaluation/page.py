@@ -12,7 +12,7 @@ from gsae_jax.evaluation.series import kinds, label_of
 
 def render(
   title: str,
-  evaluations: dict[int, Sequence[Record]],
+  evaluations: Mapping[int, Sequence[Record]],
   metrics: Sequence[dict],
   documents: Mapping[int, Replicates] | None = None,
 ) -> str:
@@ -225,7 +225,8 @@ def _curve(
   points = [
     (m['step'], m[key], member)
     for m in metrics
-    if m['member'] == member and key in m
+    if m['member'] == member
+    and all(map(figures.has_place, (m['step'], m.get(key))))
   ]
   return points[:: max(1, len(points) // most)]
 

@@ -65,7 +65,8 @@ def frontier(records: Sequence[Record]) -> list[Record]:
     [np.nan if r[name] is None else r[name] for r in records]
     for name in ('l0', 'loss_recovered')
   ]
-  order_RM, kept_RM = frontiers.best(*np.array(values)[:, None], True)
+  l0_RM, recovered_RM = np.array(values)[:, None]
+  order_RM, kept_RM = frontiers.best(l0_RM, recovered_RM, True)
   return [records[i] for i in order_RM[0][kept_RM[0]]]
 
 

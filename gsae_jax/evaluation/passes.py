@@ -10,6 +10,8 @@ rows: other positions keep their activations.
 Values are returned token by token; the host adds them up in float64.
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -76,11 +78,12 @@ def ablated_pass(
     kept: hidden states of the two.
   """
   x_BLD = taken[site].astype(jnp.float32)
+  mean_11D = mean_D[None, None]
   hidden = tuple(
-    _spliced(module, site, lm_params, ids_BL, m_BL, taken, value_D)
-    for value_D in (jnp.zeros_like(mean_D), mean_D)
+    _spliced(module, site, lm_params, ids_BL, m_BL, taken, value_11D)
+    for value_11D in (jnp.zeros_like(mean_11D), mean_11D)
   )
-  variance_BL = jnp.sum((x_BLD - mean_D) ** 2, -1)
+  variance_BL = jnp.sum((x_BLD - mean_11D) ** 2, -1)
   return Out(rows={'variance': jnp.where(m_BL, variance_BL, 0)}, kept=hidden)
 
 
@@ -118,11 +121,12 @@ def spliced_pass(
     kept: hidden states, and the new `top`.
   """
   x_BLD = taken[site].astype(jnp.float32)
-  out = sae.apply({'params': sae_params}, x_BLD)
+  applied = sae.apply({'params': sae_params}, x_BLD)
+  out = cast(dict[str, jax.Array], applied)
   f_BLF, x_hat_BLD = out['f'], out['x_hat']
   if by_tiles:
     decoded = tiles.decode(f_BLF, sae_params['W_dec'], sae.precision)
-    x_hat_BLD = decoded + sae_params['b_dec']
+    x_hat_BLD = decoded + sae_params['b_dec'][None, None]
   hidden = _spliced(module, site, lm_params, ids_BL, m_BL, taken, x_hat_BLD)
   dot_BL = jnp.sum(x_BLD * x_hat_BLD, -1)
   x2_BL = jnp.sum(x_BLD**2, -1)
@@ -137,13 +141,14 @@ def spliced_pass(
     'cosine': dot_BL / jnp.maximum(norms_BL, 1e-30),
   }
   sums = {'fired': jnp.sum(f_BLF > 0, (0, 1), dtype=jnp.float32)}
+  after = None
   if top is not None:
     sums['activation'] = jnp.sum(f_BLF, (0, 1))
-    top = update(*top, f_BLF)
+    after = update(*top, f_BLF)
   return Out(
     rows={name: jnp.where(m_BL, value, 0) for name, value in rows.items()},
     sums=sums,
-    kept=(hidden, top),
+    kept=(hidden, after),
   )
 
 
@@ -194,7 +199,7 @@ def comparison(
 
     def cross_entropy(log_p_BCV):
       # A sum, because the vocabulary may be divided over devices.
-      hit = next_BC[..., None] == jnp.arange(log_p_BCV.shape[-1])
+      hit = next_BC[..., None] == jnp.arange(log_p_BCV.shape[-1])[None, None]
       picked_BC = jnp.sum(jnp.where(hit, log_p_BCV, 0.0), -1)
       return -jnp.where(counted_BC, picked_BC, 0.0)
 

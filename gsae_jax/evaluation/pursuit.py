@@ -121,7 +121,7 @@ def _pursue_token(
   dtype = jnp.result_type(x_D, W_dec_FD)
   start = jnp.full(K, -1, jnp.int32), jnp.zeros(K, dtype)
   (atoms_K, _), history = jax.lax.scan(step, start, jnp.arange(K))
-  return atoms_K, history[jnp.array(ks) - 1] * inverse_F[atoms_K]
+  return atoms_K, history[jnp.array(ks) - 1] * inverse_F[atoms_K][None]
 
 
 class Pursuit(nn.Module):
@@ -170,7 +170,8 @@ class Pursuit(nn.Module):
     }
 
   def _pursue(self, x_BD: jax.Array, ks: tuple[int, ...]) -> Codes:
-    return pursue(x_BD - self.b_dec, self.W_dec, ks, self.method)
+    centred_BD = x_BD - layers.match_rank(self.b_dec, x_BD)
+    return pursue(centred_BD, self.W_dec, ks, self.method)
 
   def _decode(self, codes: Codes) -> jax.Array:
     """`[n, ..., D]`, from the rows that are in use."""
@@ -181,4 +182,5 @@ class Pursuit(nn.Module):
 
     combine = jnp.vectorize(one_token, signature='(k),(n,k)->(n,d)')
     a_BnK = jnp.moveaxis(codes.amplitudes, 0, -2)
-    return jnp.moveaxis(combine(codes.atoms, a_BnK), -2, 0) + self.b_dec
+    x_nBD = jnp.moveaxis(combine(codes.atoms, a_BnK), -2, 0)
+    return x_nBD + layers.match_rank(self.b_dec, x_nBD)

@@ -9,8 +9,18 @@ import safetensors.numpy
 from etils import epath
 
 from gsae_jax.errors import UserError
-from gsae_jax.evaluation import frontiers, metrics, pareto
+from gsae_jax.evaluation import figures, frontiers, metrics
 from gsae_jax.evaluation.pareto import Record
+
+# Of what is shown of a record; a metric that is not defined is None.
+_NUMBERS = (
+  'features', 'seed', 'l1_coefficient', 'tokens_trained', 'num_tokens', 'l0',
+  'ce_clean', 'ce_zero_ablation',
+)  # fmt: skip
+_NUMBERS_OR_NONE = (
+  'loss_recovered', 'gamma', 'explained_variance', 'kl_clean_spliced',
+  'ce_spliced', 'alive_fraction',
+)  # fmt: skip
 
 
 def records_path(workdir: epath.Path, step: int) -> epath.Path:
@@ -69,6 +79,10 @@ def read_documents(workdir: epath.Path, step: int) -> Documents | None:
       | {name: arrays[f'sae/{r["member"]}/{name}'] for name in metrics.OF_SAE}
       for r in read_records(records_path(workdir, step))
     }
+    for of_member in sums.values():
+      for name, values in of_member.items():
+        if (values.dtype, values.shape) != (np.float64, arrays['ids'].shape):
+          raise ValueError(f'{name} is not a float64 for each document')
     return Documents(arrays['ids'], sums)
   except (KeyError, ValueError, safetensors.SafetensorError) as e:
     raise UserError(
@@ -100,14 +114,27 @@ def read_records(path: epath.Path) -> list[Record]:
     if not records:
       raise ValueError('it is empty')
     for record in records:
-      pareto.cells(record)
-      record['num_tokens'], record['evaluation']
-  except (ValueError, TypeError, KeyError) as e:
+      _check(record)
+  except (ValueError, TypeError, KeyError, RecursionError) as e:
     raise UserError(
       f'--workdir: {path} is not an evaluation ({e}); delete it and run '
       'gsae_jax.evaluate again'
     ) from e
   return records
+
+
+def _check(record: Record) -> None:
+  """Raises ValueError, TypeError or KeyError unless a record is one."""
+  for name in ('member', 'site', 'architecture', 'variant'):
+    if not isinstance(record[name], str):
+      raise ValueError(f'{name} is {record[name]!r}, which is no text')
+  for name in _NUMBERS:
+    if not figures.has_place(record[name]):
+      raise ValueError(f'{name} is {record[name]!r}, which is no number')
+  for name in _NUMBERS_OR_NONE:
+    if record[name] is not None and not figures.has_place(record[name]):
+      raise ValueError(f'{name} is {record[name]!r}, which is no number')
+  record['evaluation']
 
 
 def read_evaluations(workdir: epath.Path) -> dict[int, list[Record]]:
@@ -119,6 +146,7 @@ def read_evaluations(workdir: epath.Path) -> dict[int, list[Record]]:
   evaluations = {
     int(path.stem.removeprefix('step_')): read_records(path)
     for path in (workdir / 'eval').glob('step_*.json')
+    if path.stem.removeprefix('step_').isdecimal()
   }
   if not evaluations:
     raise UserError(

@@ -24,10 +24,10 @@ def kinds(records: Sequence[Record]) -> dict[str, str]:
 
 
 def hover(r: Record) -> str:
-  gamma = '–' if r['gamma'] is None else f'{r["gamma"]:.3f}'
+  show = lambda name, form: '–' if r[name] is None else f'{r[name]:{form}}'
   return (
     f'{r["member"]}: L1 {r["l1_coefficient"]:g}, L0 {r["l0"]:.1f}, loss '
-    f'recovered {r["loss_recovered"]:.4f}, gamma {gamma}'
+    f'recovered {show("loss_recovered", ".4f")}, gamma {show("gamma", ".3f")}'
   )
 
 
@@ -99,5 +99,9 @@ def of_history(history: Sequence[pareto.Seen]) -> figures.Series:
       (h.tokens, h.ratio.value, f'{h.tokens:,} activations: {h.ratio}')
       for h in history
     ],
-    band=[(h.tokens, *h.ratio.interval) for h in history if h.ratio.interval],
+    band=[
+      (h.tokens, h.ratio.interval[0], h.ratio.interval[1])
+      for h in history
+      if h.ratio.interval
+    ],
   )

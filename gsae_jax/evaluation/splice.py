@@ -220,7 +220,7 @@ class _Run:
     self._features = {
       name: {k: np.zeros(F) for k in names} for name, F in features.items()
     }
-    self._top = None
+    self._top: dict[str, Any] | None = None
     if top_contexts:
       self._top = {
         name: devices.everywhere(empty_top(F, top_contexts))
@@ -255,7 +255,7 @@ class _Run:
       rows[name], sums[name] = out.rows, out.sums
       state, heap = out.kept
       others.append(state)
-      if heap is not None:
+      if self._top is not None:
         self._top[name] = heap
     compare = of._compiled(
       passes.comparison,
@@ -295,9 +295,9 @@ class _Run:
     counted = self._policy.counted()
     for site, totals in new.items():
       self._policy.sites[site] = totals | counted
-    tops = dict.fromkeys(self._saes)
-    for name in self._top or ():
-      own = merged_tops(of._devices.each(self._top[name]))
+    tops: dict[str, Top | None] = dict.fromkeys(self._saes)
+    for name, top in (self._top or {}).items():
+      own = merged_tops(of._devices.each(top))
       of_all = of._processes.gather(own)
       tops[name] = merged_tops(
         [Top(*(v[p] for v in of_all)) for p in range(of._processes.count)]

@@ -16,9 +16,9 @@ class Top(NamedTuple):
     positions_FK: where in it.
   """
 
-  activations_FK: jax.Array
-  contexts_FK: jax.Array
-  positions_FK: jax.Array
+  activations_FK: jax.Array | np.ndarray
+  contexts_FK: jax.Array | np.ndarray
+  positions_FK: jax.Array | np.ndarray
 
 
 def empty_top(features: int, k: int) -> Top:
@@ -58,6 +58,7 @@ def merged_tops(tops: list[Top]) -> Top:
   if len(tops) == 1:
     return tops[0]
   k = tops[0].activations_FK.shape[1]
-  joined = Top(*(np.concatenate(parts, 1) for parts in zip(*tops, strict=True)))
-  order_FK = np.lexsort((joined.contexts_FK, -joined.activations_FK))[:, :k]
+  joined = [np.concatenate(parts, 1) for parts in zip(*tops, strict=True)]
+  activations_FN, contexts_FN, _ = joined
+  order_FK = np.lexsort((contexts_FN, -activations_FN))[:, :k]
   return Top(*(np.take_along_axis(v, order_FK, 1) for v in joined))

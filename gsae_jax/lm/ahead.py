@@ -14,8 +14,8 @@ class _Next(threading.Thread):
   def __init__(self, items: Iterator[Any]):
     super().__init__(name='text')
     self._items = items
-    self._item = None
-    self._error = None
+    self._item: Any = None
+    self._error: BaseException | None = None
     self.start()
 
   def run(self):

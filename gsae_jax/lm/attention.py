@@ -93,7 +93,7 @@ def _rows(
   if cap is not None:
     scores = cap * jnp.tanh(scores / cap)
   back = start + jnp.arange(q.shape[-2])[:, None]
-  back -= first + jnp.arange(k.shape[-2])
+  back -= first + jnp.arange(k.shape[-2])[None]
   seen = back >= 0
   if window is not None:
     seen &= back < window

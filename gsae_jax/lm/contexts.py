@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 
@@ -110,9 +111,9 @@ class Held:
 
   def __init__(self, context_length: int):
     self._length = context_length
-    self._blocks = []
+    self._blocks: list[Contexts] = []
     self._count = 0
-    self._file = None
+    self._file: IO[bytes] | None = None
 
   def __len__(self) -> int:
     return self._count
@@ -126,7 +127,7 @@ class Held:
     with _room():
       if self._file is None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- see `close`.
-      self._file.write(np.ascontiguousarray(block.ids_CL))
+      self._file.write(np.ascontiguousarray(block.ids_CL).data)
     starts_R = block.starts_R + self._count * self._length
     none_CL = np.empty((0, self._length), np.int32)  # A view would keep all.
     self._blocks.append(
@@ -136,6 +137,7 @@ class Held:
 
   def contexts(self) -> Contexts:
     """All of them; ends the collection."""
+    assert self._file is not None  # Nobody ends a collection of none.
     shape = self._count, self._length
     with _room():
       self._file.flush()

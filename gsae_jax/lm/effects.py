@@ -34,10 +34,12 @@ def direct_logits(
   d_ND = d_ND.astype(jnp.float32)
 
   def scaled(d_ND, norm):
-    scale_D = norm['scale'].astype(jnp.float32)
+    scale_1D = norm['scale'].astype(jnp.float32)[None]
     if config.norm == 'layernorm':
       d_ND = d_ND - jnp.mean(d_ND, -1, keepdims=True)
-    return d_ND * (scale_D + 1 if config.norm == 'rmsnorm_offset' else scale_D)
+    if config.norm == 'rmsnorm_offset':
+      scale_1D += 1
+    return d_ND * scale_1D
 
   outputs = {
     'attn_pre_linear': ('attn', 'W_O', 'ln1_post'),

@@ -69,7 +69,8 @@ def plain(name: str, separator: str | None) -> Iterator[str]:
   with _open(name) as f:
     # Pieces of a document that goes on, and the last characters read, which may
     # be the beginning of a separator: each character is looked at once.
-    pieces, last = [], ''
+    pieces: list[str] = []
+    last = ''
     while piece := f.read(_PIECE):
       if '\0' in piece:
         raise UserError(

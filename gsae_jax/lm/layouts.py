@@ -106,11 +106,12 @@ class Layout:
 
   def _model_axes(self, name: str, shape: tuple[int, ...]) -> list[str | None]:
     axes: list[str | None] = [None] * len(shape)
-    axis, unit = _DIVIDED.get(name, (None, None))
     size = self.mesh.shape['model']
     # Whole heads go to a device. What cannot be divided is everywhere.
-    if size > 1 and unit and getattr(self.config, unit) % size == 0:
-      axes[axis] = 'model'
+    if size > 1 and name in _DIVIDED:
+      axis, unit = _DIVIDED[name]
+      if getattr(self.config, unit) % size == 0:
+        axes[axis] = 'model'
     return axes
 
 

@@ -9,6 +9,9 @@ from gsae_jax.lm.contexts import Contexts, Held
 from gsae_jax.lm.documents import document_id
 from gsae_jax.lm.tokenizer import Tokenizer
 
+# Ids of some documents, each with its `document_id`.
+_Batch = list[tuple[list[int], int]]
+
 # What is tokenised together: enough to use every core, little enough that the
 # tokenizer's own notes, of some 100 bytes per token, do not matter.
 _DOCUMENTS = 256
@@ -140,9 +143,7 @@ def windows(
     held.close()
 
 
-def _tokenised(
-  texts: Iterable[str], tokenizer: Tokenizer
-) -> Iterator[list[tuple[list[int], int]]]:
+def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[_Batch]:
   """Yields the ids of some documents at a time, and the documents'."""
 
   def encoded(batch):
@@ -161,13 +162,16 @@ def _tokenised(
 
 
 def _cut_documents(
-  batches, length: int, bos: int | None
+  batches: Iterable[_Batch], length: int, bos: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """Yields ids, starts and documents: the next document when one is full."""
   lead = [] if bos is None else [bos]
-  begun, begun_runs = [], []  # A context that short documents have not filled.
+  # A context that short documents have not filled.
+  begun: list[int] = []
+  begun_runs: list[tuple[int, int]] = []
   for batch in batches:
-    rows, runs = [], []
+    rows: list[list[int]] = []
+    runs: list[tuple[int, int]] = []
     for ids, document in batch:
       begun_runs.append((len(rows) * length + len(begun), document))
       begun += lead + ids[:length]
@@ -186,7 +190,7 @@ def _cut_documents(
 
 
 def _cut_stream(
-  batches, length: int, bos: int | None
+  batches: Iterable[_Batch], length: int, bos: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """Yields ids, starts and documents: one document after the other."""
   lead = np.array([] if bos is None else [bos], np.int32)

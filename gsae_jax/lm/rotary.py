@@ -27,14 +27,14 @@ class Rope:
   def tables(self, length: int) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines `[L, R/2]` in float32 of positions 0 to length - 1."""
     frequency = np.asarray(self.frequencies, np.float32)
-    angle_LK = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    angle_LK = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None]
     return jnp.cos(angle_LK) * self.scale, jnp.sin(angle_LK) * self.scale
 
 
 def rotate(x_BLHK: jax.Array, rope: Rope) -> jax.Array:
   """Turns the first numbers of every head by its position."""
   half = len(rope.frequencies)
-  cos, sin = (t[:, None] for t in rope.tables(x_BLHK.shape[1]))
+  cos, sin = (t[None, :, None] for t in rope.tables(x_BLHK.shape[1]))
   x = x_BLHK.astype(jnp.float32)
   a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)

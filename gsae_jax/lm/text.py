@@ -93,6 +93,7 @@ def prepare(
   place = {name: settings[name] for name in _PLACE}
   held_out = settings['held_out']
   digest = None
+  read: Callable[[], Iterable[str]]
   if settings['order'] == 'hash':
     documents = read_documents(**place)
     digest = documents.digest

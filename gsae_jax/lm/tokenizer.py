@@ -122,7 +122,7 @@ def read_json(path: str) -> dict[str, Any]:
   except FileNotFoundError as e:
     folder, name = os.path.split(path)
     raise UserError(f'lm.path: {folder} has no {name}') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'lm.path: {path} is not JSON ({e})') from e
   if not isinstance(value, dict):
     raise UserError(f'lm.path: {path} is not a JSON object')

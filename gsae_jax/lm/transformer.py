@@ -32,13 +32,16 @@ class Norm(nn.Module):
     if self.kind == 'layernorm':
       x -= jnp.mean(x, -1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
-    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+    of_width = lambda name, start: jnp.expand_dims(
+      self.param(name, start, x.shape[-1:]), range(x.ndim - 1)
+    )
+    scale = of_width('scale', nn.initializers.ones)
     if self.kind == 'rmsnorm':  # Llama rounds in front of the scale.
       return x.astype(x_BLD.dtype) * scale
     scale = scale.astype(jnp.float32)
     if self.kind == 'rmsnorm_offset':
       return (x * (1 + scale)).astype(x_BLD.dtype)
-    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+    bias = of_width('bias', nn.initializers.zeros)
     return (x * scale + bias.astype(jnp.float32)).astype(x_BLD.dtype)
 
 
@@ -64,9 +67,10 @@ class Attention(nn.Module):
       )
       y_BLHK = jnp.einsum('BLD,DHK->BLHK', x_BLD, W_DHK)
       if c.qkv_bias:
-        y_BLHK += self.param(
+        b_HK = self.param(
           f'b_{name}', nn.initializers.zeros, (heads, c.head_width)
         )
+        y_BLHK += b_HK[None, None]
       return y_BLHK
 
     def place(name: str, x_BLHK: jax.Array) -> jax.Array:
@@ -92,7 +96,8 @@ class Attention(nn.Module):
     )
     y_BLD = z @ W_O
     if c.out_bias:
-      y_BLD += self.param('b_O', nn.initializers.zeros, (c.width,))
+      b_D = self.param('b_O', nn.initializers.zeros, (c.width,))
+      y_BLD += b_D[None, None]
     return y_BLD
 
 
@@ -111,7 +116,8 @@ class MLP(nn.Module):
         f'W_{name}', nn.initializers.normal(stddev), (inputs, outputs)
       )
       if c.mlp_bias:
-        y += self.param(f'b_{name}', nn.initializers.zeros, (outputs,))
+        b = self.param(f'b_{name}', nn.initializers.zeros, (outputs,))
+        y += b[None, None]
       return y
 
     act = ACTIVATIONS[c.activation]
@@ -208,7 +214,7 @@ class Transformer(nn.Module):
       W_pos = self.param(
         'W_pos', nn.initializers.normal(0.02), (c.context, c.width)
       )
-      x_BLD += W_pos[: ids_BL.shape[1]]
+      x_BLD += W_pos[None, : ids_BL.shape[1]]
     for i in range(c.layers if output else c.blocks_for(sites)):
 
       def at(kind, value, i=i):
@@ -244,7 +250,8 @@ def unembed(
       params['W_E' if tied else 'W_U'],
     )
   if config.unembed_bias:
-    logits += params['b_U'].astype(jnp.float32)
+    b_V = params['b_U'].astype(jnp.float32)
+    logits += jnp.expand_dims(b_V, range(logits.ndim - 1))
   if config.logit_cap is not None:
     logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
   return logits

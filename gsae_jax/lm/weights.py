@@ -88,7 +88,7 @@ class LanguageModel:
     Returns:
       a nested plain dictionary.
     """
-    params = {}
+    params: dict[str, Any] = {}
     for path, value in self.read(place, blocks=blocks):
       node = params
       *parents, leaf = path.split('/')

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from gsae_jax.sae.gated import GatedSAE
 from gsae_jax.sae.jumprelu import JumpReluSAE
+from gsae_jax.sae.layers import Dictionary
 from gsae_jax.sae.relu import ReluSAE, RescaleShiftSAE
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, type[Dictionary]] = {
   'gated': GatedSAE,
   'relu': ReluSAE,
   'rescale_shift': RescaleShiftSAE,
@@ -39,7 +40,7 @@ SPECS = {
 }
 
 # Choices that not every architecture has, and what the paper does.
-VARIANTS = {
+VARIANTS: dict[str, Any] = {
   'encoder': 'tied',
   'freeze_aux_decoder': True,
   'centre_stop_gradient': False,

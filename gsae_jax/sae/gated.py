@@ -59,7 +59,7 @@ class GatedSAE(layers.Dictionary):
     Args:
       z: `(x - b_dec) W_gate`, of any features.
       z_mag: `(x - b_dec) W_mag`, but for the factor of `r_mag`.
-      p: the `vectors` of these features, of shapes that broadcast.
+      p: the `vectors` of these features, of the rank of `z`, with axes of size 1.
     """
     if self.encoder == 'tied':
       z_mag = z_mag * jnp.exp(p['r_mag'])
@@ -98,18 +98,15 @@ class GatedSAE(layers.Dictionary):
       `pi_gate`, `f` (Eq. 6), both `[..., F]`, and `x_hat` `[..., D]`; and
       `pi_gate_centred`, of the value of `pi_gate`, without gradient for `b_dec`.
     """
-    gate_BF, shift_F = self.centred(x_BD, self.W_gate)
-    mag_BF, mag_shift_F = gate_BF, shift_F
+    gate_BF, shift_1F = self.centred(x_BD, self.W_gate)
+    mag_BF, mag_shift_1F = gate_BF, shift_1F
     if self.encoder == 'untied':
-      mag_BF, mag_shift_F = self.centred(x_BD, self.W_mag)
-    pi_gate_BF, f_BF = self.gate(
-      gate_BF - shift_F,
-      mag_BF - mag_shift_F,
-      {name: getattr(self, name) for name in self.vectors},
-    )
+      mag_BF, mag_shift_1F = self.centred(x_BD, self.W_mag)
+    p = {k: layers.match_rank(getattr(self, k), gate_BF) for k in self.vectors}
+    pi_gate_BF, f_BF = self.gate(gate_BF - shift_1F, mag_BF - mag_shift_1F, p)
     return {
       'pi_gate': pi_gate_BF,
-      'pi_gate_centred': gate_BF + self.b_gate,
+      'pi_gate_centred': gate_BF + p['b_gate'],
       'f': f_BF,
       'x_hat': self.decode(f_BF),
     }

@@ -33,9 +33,11 @@ class JumpReluSAE(layers.Dictionary):
 
   def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
     """Returns `f` `[..., F]` and `x_hat` `[..., D]`."""
-    z_BF = layers.product(x_BD - self.b_dec, self.W_enc, self.precision)
-    p_BF = z_BF + self.b_enc
-    f_BF = jnp.where(p_BF > self.threshold, jax.nn.relu(p_BF), 0)
+    centred_BD = x_BD - layers.match_rank(self.b_dec, x_BD)
+    z_BF = layers.product(centred_BD, self.W_enc, self.precision)
+    p_BF = z_BF + layers.match_rank(self.b_enc, z_BF)
+    threshold_1F = layers.match_rank(self.threshold, z_BF)
+    f_BF = jnp.where(p_BF > threshold_1F, jax.nn.relu(p_BF), 0)
     return {'f': f_BF, 'x_hat': self.decode(f_BF)}
 
 

@@ -1,6 +1,7 @@
 """What the architectures share: initial directions, products, decoder, errors."""
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,11 @@ def unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
   """Random directions: Gaussian rows of norm 1 (paper 2.2 leaves it open)."""
   W_FD = jax.random.normal(key, shape)
   return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
+
+
+def match_rank(v_D: jax.Array, x_BD: jax.Array) -> jax.Array:
+  """Returns `v` `[D]` as `[1, ..., D]`, with as many axes as `x` `[..., D]` has."""
+  return jnp.expand_dims(v_D, range(x_BD.ndim - 1))
 
 
 def product(
@@ -85,25 +91,27 @@ def centred_product(
 
   Returns:
     `z [..., F]`, which has the value and passes no gradient to `b_dec`, and
-    `shift [F]`, which is zero: `z - shift` has the gradient.
+    `shift [1, ..., F]`, which is zero: `z - shift` has the gradient.
 
   So the gradient costs a vector times `W`. Autodiff of the plain form would make
   `dz W^T` for every row and then sum it over the batch, one matrix product of
   eight.
   """
   frozen_D = jax.lax.stop_gradient(b_dec_D)
-  z_BF = product(x_BD - frozen_D, W, precision, turned)
+  centred_BD = x_BD - match_rank(frozen_D, x_BD)
+  z_BF = product(centred_BD, W, precision, turned)
   # In float32 also beside bfloat16 products: it is the bias's gradient.
   frozen = jax.lax.stop_gradient(W)
   shift_F = product(b_dec_D - frozen_D, frozen, 'float32', turned)
-  return z_BF, shift_F
+  return z_BF, match_rank(shift_F, z_BF)
 
 
 def decode(
   f_BF: jax.Array, W_dec_FD: jax.Array, b_dec_D: jax.Array, precision: str
 ) -> jax.Array:
   """`f W_dec + b_dec` (paper 2.1, Eq. 3)."""
-  return product(f_BF, W_dec_FD, precision) + b_dec_D
+  x_BD = product(f_BF, W_dec_FD, precision)
+  return x_BD + match_rank(b_dec_D, x_BD)
 
 
 def squared_error(x_BD: jax.Array, x_hat_BD: jax.Array) -> jax.Array:
@@ -128,7 +136,7 @@ def weighted_l1(
   norm_F = jnp.linalg.norm(W_dec_FD, axis=-1)
   if frozen:
     norm_F = jax.lax.stop_gradient(norm_F)
-  return jnp.sum(f_BF * norm_F, -1)
+  return jnp.sum(f_BF * match_rank(norm_F, f_BF), -1)
 
 
 class Dictionary(nn.Module):
@@ -147,7 +155,7 @@ class Dictionary(nn.Module):
   precision: str = 'float32'
   turned: bool = False
 
-  frozen = ()  # Parameters that are not trained.
+  frozen: ClassVar[tuple[str, ...]] = ()  # Parameters that are not trained.
 
   def encoder_of(self, W_dec_FD: jax.Array, scale: float) -> jax.Array:
     """An encoder to start with: `scale * W_dec^T`."""

@@ -39,8 +39,9 @@ class ReluSAE(layers.Dictionary):
 
   def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
     """Returns `f` `[..., F]` (Eq. 2) and `x_hat` `[..., D]` (Eq. 3)."""
-    z_BF, shift_F = self.centred(x_BD, self.W_enc)
-    (f_BF,) = self.codes(z_BF - shift_F, {'b_enc': self.b_enc})
+    z_BF, shift_1F = self.centred(x_BD, self.W_enc)
+    b_enc_1F = layers.match_rank(self.b_enc, z_BF)
+    (f_BF,) = self.codes(z_BF - shift_1F, {'b_enc': b_enc_1F})
     return {'f': f_BF, 'x_hat': self.decode(f_BF)}
 
   def terms(self, x_BD: jax.Array) -> dict[str, jax.Array]:
@@ -86,10 +87,14 @@ class RescaleShiftSAE(layers.Dictionary):
 
   def __call__(self, x_BD: jax.Array) -> dict[str, jax.Array]:
     """Returns `f` `[..., F]` and `x_hat` `[..., D]`."""
-    z_BF, shift_F = self.centred(x_BD, self.W_enc)
-    z_BF -= shift_F
-    pi_mag_BF = jnp.exp(self.r_mag) * z_BF + self.b_mag
-    f_BF = jnp.where(z_BF + self.b_enc > 0, jax.nn.relu(pi_mag_BF), 0)
+    z_BF, shift_1F = self.centred(x_BD, self.W_enc)
+    z_BF -= shift_1F
+    b_enc_1F, r_mag_1F, b_mag_1F = (
+      layers.match_rank(v_F, z_BF)
+      for v_F in (self.b_enc, self.r_mag, self.b_mag)
+    )
+    pi_mag_BF = jnp.exp(r_mag_1F) * z_BF + b_mag_1F
+    f_BF = jnp.where(z_BF + b_enc_1F > 0, jax.nn.relu(pi_mag_BF), 0)
     return {'f': f_BF, 'x_hat': self.decode(f_BF)}
 
   def terms(self, x_BD: jax.Array) -> dict[str, jax.Array]:

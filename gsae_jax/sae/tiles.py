@@ -38,7 +38,7 @@ def capacities(smallest: int, total: int, *, halves: bool) -> tuple[int, ...]:
 
 def which(sizes: tuple[int, ...], count: jax.Array) -> jax.Array:
   """The number of the capacity that holds so many."""
-  return jnp.sum(jnp.array(sizes[:-1]) < count)
+  return jnp.sum(jnp.array(sizes[:-1], jnp.int32) < count)
 
 
 def take(a: jax.Array, *ids: jax.Array) -> jax.Array:

@@ -30,7 +30,8 @@ def forward(module: nn.Module, params, centred_BD) -> Forward:
   def body(state, block):
     decoded, penalised = state
     z_BT = product(centred_BD, block[encoder], module.precision, turned=True)
-    codes = module.codes(z_BT, block)
+    vectors = {k: block[k][None] for k in module.vectors}
+    codes = module.codes(z_BT, vectors)
     open_iTT = features.is_open(codes).reshape(B // ROWS, ROWS, T)
     both = jnp.concatenate(codes)
     decoded += product(both, block['W_dec'], module.precision)
@@ -51,27 +52,29 @@ def backward(batch: Batch, carry: Carry, found: Forward) -> Walk:
   # Turned once, and not by every product.
   both_DB = jax.lax.optimization_barrier(jnp.concatenate(back).T)
 
-  def body(walk, block):
+  # Blocks have the arrays `[T, ...]` of a walk, and what goes on has the rest.
+  def body(rest, block):
     z_TB, params, others, fired_T = block
-    carry = Carry(params, others, walk.carry)
-    walk = walk._replace(carry=carry, fired_F=fired_T)
+    sums, pulled_D, norm_error = rest
+    carry = Carry(params, others, sums)
+    walk = Walk(carry, pulled_D, fired_T, norm_error)
     own = features.read(module, carry, All())
     both_TB = product(own['W_dec'], both_DB, module.precision)
     seen = jnp.split(both_TB, len(back), 1)
     grads = features.gradients(batch, z_TB, None, x_BD, back[0], seen, own)
     walk = features.step_on(walk, All(), batch, own, grads)
-    carry, fired_T = walk.carry, walk.fired_F
-    walk = walk._replace(carry=carry.sums, fired_F=None)
-    return walk, (carry.params, carry.others, fired_T)
+    (params, others, sums), pulled_D, fired_T, norm_error = walk
+    return (sums, pulled_D, norm_error), (params, others, fired_T)
 
-  walk = features.start(carry)
-  blocks = _split((carry.params, carry.others, walk.fired_F), len(found.kept))
-  walk = walk._replace(carry=carry.sums, fired_F=None)
-  walk, blocks = jax.lax.scan(body, walk, (found.kept, *blocks))
+  _, pulled_D, fired_F, norm_error = features.start(carry)
+  blocks = _split((carry.params, carry.others, fired_F), len(found.kept))
+  (sums, pulled_D, norm_error), blocks = jax.lax.scan(
+    body, (carry.sums, pulled_D, norm_error), (found.kept, *blocks)
+  )
   params, others, fired_F = jax.tree.map(
     lambda a: a.reshape(-1, *a.shape[2:]), blocks
   )
-  return walk._replace(carry=Carry(params, others, walk.carry), fired_F=fired_F)
+  return Walk(Carry(params, others, sums), pulled_D, fired_F, norm_error)
 
 
 def _split(tree: Any, parts: int) -> Any:

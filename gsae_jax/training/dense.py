@@ -12,7 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from gsae_jax.training.features import Sums
-from gsae_jax.training.loss import losses
+from gsae_jax.training.loss import Scalar, losses
 from gsae_jax.training.optimizer import Moments, row_adam, squares
 from gsae_jax.training.schedule import Schedule
 from gsae_jax.training.state import SPECS, MemberState
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
   x_BD: jax.Array
   l1: jax.Array
-  error_scale: jax.Array
+  error_scale: Scalar
   learning_rate: jax.Array
 
 
@@ -78,10 +78,9 @@ def _dense_gradients(module, frozen, params, x_BD, inputs: Inputs):
   grads, terms = jax.grad(loss, has_aux=True)(params)
   f_BF, x_hat_BD = terms['f'], terms['x_hat']
   sums = Sums(
-    *(
-      jnp.sum(terms[name])
-      for name in ('reconstruction', 'auxiliary', 'sparsity')
-    ),
+    reconstruction=jnp.sum(terms['reconstruction']),
+    auxiliary=jnp.sum(terms['auxiliary']),
+    sparsity=jnp.sum(terms['sparsity']),
     x_hat_squared=jnp.sum(x_hat_BD**2),
     dot=jnp.sum(x_hat_BD * x_BD),
     open_share=jnp.float32(len(x_BD) / len(inputs.x_BD)),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gsae_jax.sae.layers import product
 from gsae_jax.sae.tiles import put_rows, take
+from gsae_jax.training.loss import Scalar
 
 _BLOCK = 512
 _DEVICES = 'data', 'model'  # Of a mesh, those of one SAE.
@@ -226,7 +227,7 @@ def there_and_back(
   *,
   module: nn.Module,
   l1: jax.Array,
-  error_scale: jax.Array,
+  error_scale: Scalar,
   batch_size: int,
   write: Write,
 ) -> tuple[Sums, dict[str, jax.Array], jax.Array, Carry]:
@@ -249,7 +250,7 @@ def there_and_back(
     sums; `fired`, int32 `[F]`, and `norm_error`, of the decoder's rows that were
     written; the gradient of `b_dec`; the carry.
   """
-  centred_BD = x_BD - b_dec_D
+  centred_BD = x_BD - b_dec_D[None]
   found = forward(module, carry.params, centred_BD)
   sums, back = _errors(found, x_BD, b_dec_D, error_scale, batch_size)
   batch = Batch(module, centred_BD, back, l1 / batch_size, write)
@@ -266,8 +267,8 @@ def there_and_back(
 def _errors(found: Forward, x_BD, b_dec_D, error_scale, batch_size: int):
   """Sums, and the cotangents of what is decoded."""
   decoded = jax.lax.psum(found.decoded, 'model')
-  errors = [d_BD + b_dec_D - x_BD for d_BD in decoded]
-  x_hat_BD = decoded[0] + b_dec_D
+  errors = [d_BD + b_dec_D[None] - x_BD for d_BD in decoded]
+  x_hat_BD = decoded[0] + b_dec_D[None]
   squares = jnp.stack([jnp.sum(e_BD**2) for e_BD in errors])
   over_rows = jax.lax.psum(
     (squares, jnp.sum(x_hat_BD**2), jnp.sum(x_hat_BD * x_BD)), 'data'

@@ -44,7 +44,8 @@ class Group:
     self.members = members
     self.module = members[0].module
     self.names = tuple(m.name for m in members)
-    self.state = None
+    self.state: MemberState
+    self._shares: tuple[Any, ...]  # `open_share` of the last two steps.
     self._stacked = stacked
     self._steps, self._sound = programs
     self._mesh = mesh
@@ -125,13 +126,14 @@ class Group:
     shapes = state_lib.checkpoint_shapes(self.module)
     return state_lib.place(shapes, self._shardings(shapes, saved=True))
 
-  def fresh(self, member: Member, baseline: Baseline) -> MemberState:
+  def fresh(self, member: Member, baseline: Baseline | None) -> MemberState:
     """A member's state at step 0, born sharded; the same on any mesh."""
     state = _initializer(self.module, self._mesh, self._stacked)(
       state_lib.key_data(member.seed)
     )
     if member.config.baseline is None:
       return state
+    assert baseline is not None
     raw = self.module.start(baseline(member.config))
     params = state_lib.turn(state_lib.fold_scale(raw, 1 / member.hyper.scale))
     return state._replace(

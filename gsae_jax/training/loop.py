@@ -16,7 +16,7 @@ from gsae_jax.activations.store import Store
 from gsae_jax.activations.stream import Stream
 from gsae_jax.config import MemberConfig, TrainConfig
 from gsae_jax.errors import Preempted, UserError
-from gsae_jax.training import checkpoints
+from gsae_jax.training import checkpoints, optimizer
 from gsae_jax.training.groups import Baseline, copier, make_groups
 from gsae_jax.training.members import make_recipe
 from gsae_jax.training.progress import Progress
@@ -93,11 +93,11 @@ def train(
         f'train.steps: {workdir} is at step {first} already, and the config '
         f'ends at {settings.steps}'
       )
-    changes = []
+    changes, version = [], optimizer.VERSION
     if done:
-      changes = checkpoints.check_metadata(
-        saved.metadata(first), metadata, workdir, allowed
-      )
+      found = saved.metadata(first)
+      version = found.get('optimizer_version', 1)
+      changes = checkpoints.check_metadata(found, metadata, workdir, allowed)
       run.restore(saved, first)
     else:
       run.start(baseline)
@@ -118,6 +118,11 @@ def train(
         first=first, steps=settings.steps, batch_size=settings.batch_size
       )
     )
+    if version < optimizer.VERSION and first < settings.steps:
+      progress.say(
+        f'{workdir} was begun with an earlier form of Adam, whose step sizes '
+        'differ by up to 1e-5 of their value; it continues with the exact one'
+      )
     loop = _Loop(run, saved, tracker, progress, settings, metadata, done, mesh)
     resample = Resampler(
       run.groups, loader, settings, make_recipe(settings).schedule, mesh
@@ -167,7 +172,7 @@ class _Loop:
     self._settings = settings
     self._metadata = metadata
     self._done = done
-    self._ready = None
+    self._ready: dict | None = None
     self._batch: dict[str, jax.Array] | None = None
     self._values: dict[str, dict[str, float]] = {}
     for about in run.stopped.values():
@@ -244,6 +249,7 @@ class _Loop:
     metadata = self._metadata | {
       'members': self._run.describe(),
       'stopped': self._run.stopped,
+      'optimizer_version': optimizer.VERSION,
     }
     self._saved.save(step, self._run.checkpoint(), metadata)
     self._done.append(step)

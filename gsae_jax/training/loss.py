@@ -1,7 +1,13 @@
 """The loss that is trained, and the units of its squared errors."""
 
+from typing import cast
+
 import flax.linen as nn
 import jax
+import numpy as np
+
+# A float32 scalar: NumPy's on the host, JAX's in a program.
+Scalar = jax.Array | np.float32
 
 
 def error_scale(loss_scale: str, *, width: int, mean_norm: float) -> float:
@@ -23,7 +29,7 @@ def losses(
   params: dict[str, jax.Array],
   x_BD: jax.Array,
   l1: jax.Array,
-  error_scale: jax.Array,
+  error_scale: Scalar,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Eq. 4 or 8 for each row, and everything on the way there.
 
@@ -37,6 +43,7 @@ def losses(
   Returns:
     `[B]`, and what the module's `terms` returns.
   """
-  terms = module.apply({'params': params}, x_BD, method='terms')
+  applied = module.apply({'params': params}, x_BD, method='terms')
+  terms = cast(dict[str, jax.Array], applied)
   error_B = error_scale * (terms['reconstruction'] + terms['auxiliary'])
   return error_B + l1 * terms['sparsity'], terms

@@ -108,7 +108,7 @@ def compile_step(
   *,
   stacked: bool,
   way: str = 'dense',
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
   """`train_step` under jit: donated, its outputs where its inputs were."""
   step = functools.partial(
     train_step, module=module, recipe=recipe, way=way, mesh=mesh

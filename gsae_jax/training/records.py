@@ -16,13 +16,17 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
   """
   if not path.exists():
     return []
-  lines = path.read_text().splitlines()
+  lines = path.read_bytes().splitlines()
   records = []
   for i, line in enumerate(lines):
     try:
-      record = json.loads(line)
-      record['step'], record['member']
-    except (ValueError, TypeError, KeyError) as e:
+      record = json.loads(line.decode())
+      if not (
+        isinstance(record['step'], int)
+        and isinstance(record['member'], str | None)
+      ):
+        raise TypeError('its step or its member is of another type')
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
       if i == len(lines) - 1:
         break
       raise UserError(

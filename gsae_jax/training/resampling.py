@@ -85,7 +85,7 @@ def resample(
     module: the member's.
   """
   params = dict(state.params)
-  direction_FD = drawn_FD - params['b_dec']
+  direction_FD = drawn_FD - params['b_dec'][None]
   norm_F1 = jnp.linalg.norm(direction_FD, axis=-1, keepdims=True)
   direction_FD /= jnp.maximum(norm_F1, 1e-12)
   alive = jnp.sum(~dead_F)
@@ -93,7 +93,8 @@ def resample(
   for encoder in module.encoders:
     norms_F = jnp.linalg.norm(params[encoder], axis=-1)
     # With nobody alive, the directions themselves set the size.
-    mean = jnp.sum(jnp.where(dead_F, 0, norms_F)) / jnp.maximum(alive, 1)
+    divisor = jnp.maximum(alive, 1).astype(norms_F.dtype)
+    mean = jnp.sum(jnp.where(dead_F, 0, norms_F)) / divisor
     mean = jnp.where(alive > 0, mean, 1.0)
     fresh[encoder] = 0.2 * mean * direction_FD
   nu = dict(state.opt_state.nu)
@@ -168,7 +169,8 @@ class Resampler:
     Raises:
       Preempted: `leaving` said so; nothing was replaced.
     """
-    members, states = {}, {}
+    members: dict[str, Member] = {}
+    states: dict[str, MemberState] = {}
     for group in self._groups:
       members |= {m.name: m for m in group.members if m.name not in stopped}
       states |= group.states()
@@ -178,7 +180,7 @@ class Resampler:
       silent_F = jax.device_get(silent(states[name]))
       dead[name] = silent_F >= self._settings.dead_after
     dying = {k: m for k, m in members.items() if dead[k].any()}
-    drawn = {}
+    drawn: dict[str, np.ndarray] = {}
     for site in dict.fromkeys(m.config.site for m in dying.values()):
       own = [m for m in dying.values() if m.config.site == site]
       drawn |= self._draw(step, site, own, dead, states, leaving)
@@ -211,9 +213,9 @@ class Resampler:
     """For each member of a site, inputs `[F, D]` in its dead features' rows."""
     size = self._settings.batch_size
     batches = range(step, step + self._settings.resample_rows // size)
-    losses = {m.name: [] for m in members}
-    for x_BD in self._rows_of(site, batches, leaving):
-      x_BD = _global(x_BD, self._rows)
+    losses: dict[str, list[np.ndarray]] = {m.name: [] for m in members}
+    for rows_BD in self._rows_of(site, batches, leaving):
+      x_BD = _global(rows_BD, self._rows)
       for m in members:
         _, row_losses, _ = self._programs(m.module)
         losses[m.name].append(
@@ -229,12 +231,12 @@ class Resampler:
       )
       shape = m.module.features, m.module.width
       found[m.name] = np.zeros(shape, np.float32)
-    for i, x_BD in enumerate(self._rows_of(site, batches, leaving)):
+    for i, rows_BD in enumerate(self._rows_of(site, batches, leaving)):
       for m in members:
         batch_of, row_of = np.divmod(rows[m.name], size)
         here = batch_of == i
         features = np.flatnonzero(dead[m.name])[here]
-        found[m.name][features] = x_BD[row_of[here]]
+        found[m.name][features] = rows_BD[row_of[here]]
     return found
 
   def _rows_of(

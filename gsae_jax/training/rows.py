@@ -7,6 +7,7 @@ the whole batch are neither read nor written.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from gsae_jax.training import blocked, sparse
 from gsae_jax.training.dense import Found, Inputs, Recipe, accumulated, moved
-from gsae_jax.training.features import Carry, Sums, there_and_back
+from gsae_jax.training.features import (
+  Carry,
+  Forward,
+  Sums,
+  Walk,
+  there_and_back,
+)
 from gsae_jax.training.optimizer import (
   Moments,
   direction,
@@ -28,7 +35,7 @@ from gsae_jax.training.optimizer import (
 )
 from gsae_jax.training.state import SPECS, MemberState
 
-_INPUTS = Inputs(P('data'), P(), P(), P())
+_INPUTS = Inputs._make((P('data'), P(), P(), P()))
 
 
 def step_by_rows(
@@ -59,11 +66,12 @@ def step_by_rows(
     behind = moved(state, grads, inputs, module=module, recipe=recipe)
     return Found(sums, fired_F, norm_error, squares(grads), *behind)
   specs = {k: SPECS.get(k, P()) for k in state.params}
+  moments = Moments._make((P(), specs))
   run = jax.shard_map(
     functools.partial(_moving_rows, module=module, way=way),
     mesh=mesh,
-    in_specs=(specs, Moments(P(), specs), _INPUTS),
-    out_specs=(P(), P('model'), P(), specs, Moments(P(), specs)),
+    in_specs=(specs, moments, _INPUTS),
+    out_specs=(P(), P('model'), P(), specs, moments),
     check_vma=False,
   )
   sums, fired_F, about, params, opt_state = run(
@@ -109,13 +117,14 @@ def whole_gradients(
 
 def _pass(way: str, inputs: Inputs, every_row: jax.Array):
   """`there_and_back`, of all features or of those that are open."""
-  forward, backward = {
+  passes: dict[str, tuple[Callable[..., Forward], Callable[..., Walk]]] = {
     'blocked': (blocked.forward, blocked.backward),
     'sparse': (
       sparse.forward,
       functools.partial(sparse.backward, every_row=every_row),
     ),
-  }[way]
+  }
+  forward, backward = passes[way]
   return functools.partial(
     there_and_back,
     forward,

@@ -39,14 +39,14 @@ class Run:
       if set(g.names) - self.stopped.keys()
     }
 
-  def start(self, baseline: Baseline) -> None:
+  def start(self, baseline: Baseline | None) -> None:
     """Gives every member its first state."""
     for group in self.groups:
       group.put({m.name: group.fresh(m, baseline) for m in group.members})
 
   def checkpoint(self) -> dict[str, Any]:
     """What is saved."""
-    saved = {}
+    saved: dict[str, Any] = {}
     for group in self.groups:
       if set(group.names) - self.stopped.keys():
         saved |= group.to_checkpoint()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax import sae
+from gsae_jax.training.loss import Scalar
 from gsae_jax.training.optimizer import Moments, adam
 
 # In training, encoders lie transposed, [F, D]: all of a feature is a row.
@@ -81,7 +82,7 @@ def shardings(
 
   def named(path, leaf):
     key = path[-1]
-    name = getattr(key, 'key', None) or getattr(key, 'name', None)
+    name: str = getattr(key, 'key', '') or getattr(key, 'name', '')
     spec = specs.get(name, P())
     if layout == 'stacked':
       spec = P('sae', *spec)
@@ -127,7 +128,7 @@ def member_shapes(module: nn.Module) -> MemberState:
 
 
 def fold_scale(
-  params: dict[str, jax.Array], scale: jax.Array
+  params: dict[str, jax.Array], scale: Scalar
 ) -> dict[str, jax.Array]:
   """Parameters for raw activations, from those trained on `scale * x`.
 
@@ -138,7 +139,7 @@ def fold_scale(
 
 
 def to_checkpoint(
-  state: MemberState, scale: jax.Array, turn: Turn = turn
+  state: MemberState, scale: Scalar, turn: Turn = turn
 ) -> dict[str, Any]:
   """The state as plain dictionaries, `params` for raw activations.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gsae_jax.training.dense import Found, Inputs, Recipe, dense_step
-from gsae_jax.training.loss import losses
+from gsae_jax.training.loss import Scalar, losses
 from gsae_jax.training.rows import step_by_rows
 from gsae_jax.training.state import MemberState
 
@@ -23,10 +23,10 @@ class Hyperparameters(NamedTuple):
     error_scale: squared errors are multiplied by it, see `error_scale`.
   """
 
-  learning_rate: jax.Array
-  l1: jax.Array
-  scale: jax.Array
-  error_scale: jax.Array
+  learning_rate: Scalar
+  l1: Scalar
+  scale: Scalar
+  error_scale: Scalar
 
 
 def train_step(
@@ -70,6 +70,7 @@ def train_step(
   if way == 'dense':
     found = dense_step(state, inputs, module=module, recipe=recipe, mesh=mesh)
   else:
+    assert mesh is not None
     found = step_by_rows(
       state, inputs, module=module, recipe=recipe, mesh=mesh, way=way
     )

@@ -16,6 +16,11 @@ from gsae_jax import paths
 from gsae_jax.errors import UserError
 from gsae_jax.training.records import read_metrics
 
+# Step, tokens, metrics and rates, as `Tracker.write` takes them.
+_Pending = tuple[
+  int, int, dict[tuple[str, ...], dict[str, Any]], dict[str, float]
+]
+
 
 class Tracker:
   """Writes scalars one call late, so that a step is never waited for.
@@ -44,10 +49,10 @@ class Tracker:
       config: for wandb.
       stopped: members of whom nothing is written.
     """
-    self._pending = None
+    self._pending: _Pending | None = None
     self._stopped = set(stopped)
-    self._file = None
-    self._writers = []
+    self._file: _Lines | None = None
+    self._writers: list[_TensorBoard | _Wandb] = []
     if jax.process_index():
       return
     folder = paths.workdir(workdir)
@@ -197,7 +202,8 @@ def _import_tensorboard():
   # seconds of every start.
   absent = 'torch' not in sys.modules
   if absent:
-    sys.modules['torch'] = None
+    # None makes an import of it fail; its type says nothing of that.
+    sys.modules['torch'] = None  # type: ignore[assignment]
   try:
     import tensorboardX
   finally:

@@ -1,7 +1,6 @@
 """`python -m launch.preflight`, as `python -m launch preflight`."""
 
-from gsae_jax import program
-from launch.preflight.command import main
+from launch.preflight.command import COMMAND
 
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

@@ -20,31 +20,44 @@ from launch.preflight.examine import examine
 from launch.preflight.model import read_model
 from launch.preflight.roofline import GIB
 
-_CONFIG = program.define_config()
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', None, "Chips, as in 'v5e:4x4' or 'v5p:2x2x2'."
-)
-_PARTS = flags.DEFINE_list(
-  'parts', list(parts.PARTS), 'Which programs to look at.'
-)
-_TRIES = flags.DEFINE_integer(
-  'tries',
-  1,
-  "Other meshes that the train step is compiled for, beside the config's.",
-  lower_bound=0,
-)
-_PRICE = flags.DEFINE_float(
-  'dollars_per_chip_hour', None, 'What you pay; without it, no costs.'
-)
-flags.mark_flags_as_required(['config', 'topology'])
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  program.define_config(values)
+  flags.DEFINE_string(
+    'topology',
+    None,
+    "Chips, as in 'v5e:4x4' or 'v5p:2x2x2'.",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    'parts',
+    list(parts.PARTS),
+    'Which programs to look at.',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'tries',
+    1,
+    "Meshes that the train step is compiled for in addition to the config's.",
+    lower_bound=0,
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    'dollars_per_chip_hour',
+    None,
+    'What you pay; without it, no costs.',
+    flag_values=values,
+  )
+  flags.mark_flags_as_required(['config', 'topology'], values)
 
 
-def main() -> int:
+def main(given: flags.FlagValues) -> int:
   # A libtpu that is installed looks for a TPU otherwise.
   jax.config.update('jax_platforms', 'cpu')
-  config = config_lib.parse(program.read_config(_CONFIG))
-  machine = topology.machine(_TOPOLOGY.value)
-  for part in _PARTS.value or ['']:
+  config = config_lib.parse(program.read_config(given))
+  machine = topology.machine(given.topology)
+  for part in given.parts or ['']:
     if part not in parts.PARTS:
       raise UserError(
         f'--parts: {part!r} is not one of {", ".join(parts.PARTS)}'
@@ -59,9 +72,9 @@ def main() -> int:
     config,
     model,
     machine,
-    wanted=_PARTS.value,
-    tries=_TRIES.value,
-    price=_PRICE.value,
+    wanted=given.parts,
+    tries=given.tries,
+    price=given.dollars_per_chip_hour,
     say=lambda text: print(text, flush=True),
   )
   if found.problems:
@@ -69,5 +82,7 @@ def main() -> int:
   return 0
 
 
+COMMAND = program.Command(define_flags, main)
+
 if __name__ == '__main__':
-  program.run(main)
+  COMMAND.run()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Text:
         continue
       match = _INSTRUCTION.match(line)
       if match:
-        fields = match.groupdict()
+        fields: dict[str, Any] = match.groupdict()
         fields['root'] = bool(fields['root'])
         here.append(_Instruction(**fields))
 
@@ -144,7 +145,7 @@ class Text:
     ]
     return max(bounds, default=1)
 
-  def memory_bytes(self) -> int:
+  def memory_bytes(self) -> float:
     """Bytes that it reads from a chip's memory and writes to it.
 
     What `cost_analysis` calls bytes accessed counts what lies on the chip itself
@@ -152,10 +153,10 @@ class Text:
     """
     return self._moved(self._entry)
 
-  def _moved(self, computation: str) -> int:
+  def _moved(self, computation: str) -> float:
     instructions = self._computations[computation]
     named = {one.name: one for one in instructions}
-    total = 0
+    total: float = 0
     for one in instructions:
       if _FREE.fullmatch(one.operation):
         continue
@@ -183,7 +184,7 @@ class Text:
       return 0
     if one.operation != 'fusion':
       return math.inf
-    inside = self._computations.get(one.called['calls'], ())
+    inside = self._computations.get(one.called['calls'], [])
     names = [
       x.name
       for x in inside
@@ -192,7 +193,7 @@ class Text:
     return self._used(inside, names[0]) if names else math.inf
 
   def _used(self, inside: list[_Instruction], name: str) -> float:
-    total = 0
+    total: float = 0
     for user in inside:
       for i, operand in enumerate(user.operands):
         if operand == name:
@@ -256,11 +257,11 @@ def groups_of(groups: str, count: int) -> np.ndarray:
       if found
       else everyone[None]
     )
-  if '<=' in groups:
-    size = int(re.match(r'\[\d+,(\d+)\]<=', groups)[1])
+  if listed := re.match(r'\[\d+,(\d+)\]<=', groups):
+    size = int(listed[1])
     return _permuted(groups.partition('<=')[2], everyone).reshape(-1, size)
   named = _NAMED_AXES.fullmatch(groups)
-  axes = named and re.findall(r"'(\w+)'(?=,|$)", named['axes'])
+  axes = re.findall(r"'(\w+)'(?=,|$)", named['axes']) if named else []
   if not named or len(axes) != named['axes'].count(',') + 1:
     raise ValueError(f'groups of a form that is not known: {groups}')
   sizes = dict(re.findall(r"'(\w+)'=(\d+)", named['sizes']))

@@ -210,8 +210,8 @@ class Evaluation:
     if self._config.eval.dashboards == 'none':
       return None
     shape = features, self._config.eval.top_contexts
-    top = Top(
-      *(self._everywhere(shape, t) for t in (jnp.float32, *[jnp.int32] * 2))
+    top = Top._make(
+      self._everywhere(shape, t) for t in (jnp.float32, *[jnp.int32] * 2)
     )
     return top, self._rows(self._shape[:1], jnp.int32)
 

@@ -71,7 +71,7 @@ def examine(
       say(show.line(show.cells(row)))
     total = parts.total(part, rows, machine)
     if part.name == 'train' and config.loader.source == 'stream':
-      total = parts.streamed(total, found.totals.get('harvest'))
+      total = parts.streamed(total, found.totals['harvest'])
     found.rows.extend(rows)
     found.totals[part.name] = total
     say('\n' + '\n'.join(show.summary(total, machine, price)))
@@ -110,7 +110,8 @@ def _compare(
   """Ranks the meshes, compiles the best, and says what would fit."""
   work = work_of(config, model, machine)
   ranked = meshes.rank(work, machine)
-  sizes, total = tuple(found.mesh.values()), found.totals['train']
+  sizes = found.mesh['sae'], found.mesh['data'], found.mesh['model']
+  total = found.totals['train']
   totals = {sizes: total}
   for estimate in [e for e in ranked if e.sizes != sizes][:tries]:
     totals[estimate.sizes] = steps.total(config, machine, estimate.sizes)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ class Program:
   mesh: Mesh
   tokens: int
   runs: float
-  fn: Callable[..., Any]
+  fn: jax.stages.Wrapped
   args: tuple[Any, ...]
   kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
   key: Hashable = None
@@ -101,8 +101,12 @@ def measure(program: Program) -> dict[str, Any]:
   chip = program.machine.chip
   written = program.products()
   built = compiled(program)
-  text, memory = Text(built.as_text()), built.memory_analysis()
-  flops = max(built.cost_analysis()['flops'], written.flops / program.mesh.size)
+  hlo, memory = built.as_text(), built.memory_analysis()
+  cost = built.cost_analysis()
+  # A TPU's compiler tells all three.
+  assert hlo is not None and memory is not None and cost is not None
+  text = Text(hlo)
+  flops = max(cost['flops'], written.flops / program.mesh.size)
   moved = text.memory_bytes()
   collectives = sent(program, text)
   passes = written.passes / written.flops if written.flops else 1.0
@@ -127,7 +131,8 @@ def measure(program: Program) -> dict[str, Any]:
 
 def sent(program: Program, text: Text) -> list[dict[str, Any]]:
   """Collectives of a compiled program, by kind and by axis of the mesh."""
-  chip, mesh, found = program.machine.chip, program.mesh, {}
+  chip, mesh = program.machine.chip, program.mesh
+  found: dict[tuple[str, str], dict[str, Any]] = {}
   places = np.array([d.coords for d in mesh.devices.flat])
   for one in text.collectives():
     groups = groups_of(one.groups, mesh.size)

@@ -159,7 +159,7 @@ def estimate(
   mesh = _mesh(machine, sae, data, model)
   parts = microbatches or settings.microbatches
   seconds = held = most = 0.0
-  widths = {}
+  widths: dict[str, int] = {}
   for group, products in zip(work.groups, work.products, strict=True):
     module = group.module
     stacked = is_stacked(settings, module, mesh)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -46,7 +47,7 @@ class Model:
       make: gives a leaf, of its path, shape and dtype.
       blocks: only what the first so many blocks need.
     """
-    params = {}
+    params: dict[str, Any] = {}
     for path, shape in self.shapes.items():
       if blocks is None or weights.is_below(path, blocks):
         node = params

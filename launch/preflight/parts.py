@@ -145,7 +145,7 @@ def measured(
     measure: as `measure.measure`; some may have been compiled before.
   """
   for program in part.programs:
-    row = {
+    row: dict[str, Any] = {
       'part': part.name,
       'program': program.name,
       'machine': program.machine.name,
@@ -187,7 +187,7 @@ def total(
   together = sum(r['runs'] * max(r['seconds'].values()) for r in rows)
   rates = [part.tokens / apart, part.tokens / together]
   return out | {
-    'bound': max(spent, key=spent.get),
+    'bound': max(spent, key=spent.__getitem__),
     'tokens': part.turns * part.tokens,
     'tokens_per_second': rates,
     'hours': [part.turns * t / 3600 for t in (together, apart)],

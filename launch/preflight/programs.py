@@ -114,7 +114,7 @@ def step(group: Group, config: Config, machine: Machine, mesh: Mesh) -> Program:
     args=(
       state,
       (x_BD,) * len(sites),
-      Hyperparameters(*[scalar] * len(Hyperparameters._fields)),
+      Hyperparameters._make([scalar] * len(Hyperparameters._fields)),
     ),
     kwargs={'which': which if len(sites) > 1 else None},
     key=(module, make_recipe(config.train), stacked, way),
@@ -168,6 +168,7 @@ def forward(config: Config, model: Model, machine: Machine) -> Program:
       found = compiled(with_contexts(contexts)).memory_analysis()
     except DoesNotFit as error:
       return error.needs
+    assert found is not None  # A TPU's compiler tells.
     results = 2 * larger * found.output_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + results
 

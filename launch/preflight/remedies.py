@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -120,7 +120,7 @@ class Steps:
 
   def __init__(self, model: Model):
     self._model = model
-    self._measured = {}
+    self._measured: dict[Hashable, dict[str, Any]] = {}
 
   def measure(self, program: Program) -> dict[str, Any]:
     """`measure.measure`, of train steps once."""

@@ -69,7 +69,7 @@ def best_split(chips: int, features: int, batch: int) -> tuple[int, int]:
   return min(splits, key=lambda split: (sent(*split), split))
 
 
-def wire_bytes(kind: str, size: int, devices: int) -> float:
+def wire_bytes(kind: str, size: float, devices: int) -> float:
   """Bytes that a device sends at least, along a ring of all that take part.
 
   Args:
@@ -121,7 +121,7 @@ def links(coordinates: np.ndarray, bounds: tuple[int, ...], chip: Chip) -> int:
 
 def network_seconds(
   kind: str,
-  size: int,
+  size: float,
   groups: np.ndarray,
   bounds: tuple[int, ...],
   chip: Chip,
@@ -163,7 +163,7 @@ def _cuts(groups: np.ndarray, bounds: tuple[int, ...], chip: Chip):
         yield at <= start, count
 
 
-def _across(kind: str, size: int, side: np.ndarray) -> float:
+def _across(kind: str, size: float, side: np.ndarray) -> float:
   """Bytes that a group sends at least from one side to the other, that way more."""
   devices, here = len(side), int(side.sum())
   there = devices - here
@@ -185,7 +185,7 @@ def _across(kind: str, size: int, side: np.ndarray) -> float:
 def predict(seconds: dict[str, float], tokens: int) -> dict:
   """Which time is longest, and tokens per second with and without overlap."""
   return {
-    'bound': max(seconds, key=seconds.get),
+    'bound': max(seconds, key=seconds.__getitem__),
     'tokens_per_second': {
       'overlapped': tokens / max(seconds.values()),
       'one_after_the_other': tokens / sum(seconds.values()),
@@ -208,7 +208,7 @@ circle, .key { fill: currentColor }
 
 def _best(rows: list[dict], generation: str) -> dict[tuple[int, int], dict]:
   """The fastest mesh for a number of chips and of SAEs at once."""
-  best = {}
+  best: dict[tuple[int, int], dict] = {}
   for row in rows:
     if row['topology'].startswith(generation) and 'seconds' in row:
       key = row['mesh']['sae'], row['chips']
@@ -233,8 +233,8 @@ def draw(rows: list[dict]) -> str:
       for row in rows
     ]
     between = ('one_after_the_other', 'overlapped')
-    band = zip(*(at(alone, name) for name in between), strict=True)
-    band = [(low[0], low[1], high[1]) for low, high in band]
+    ends = zip(*(at(alone, name) for name in between), strict=True)
+    band = [(low[0], low[1], high[1]) for low, high in ends]
     if alone:
       keys.append(style)
     series += [

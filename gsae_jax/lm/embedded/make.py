@@ -11,6 +11,7 @@ import collections
 import json
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,10 @@ from gsae_jax.lm.families import gelu_1l
 from gsae_jax.lm.tokenizer import Tokenizer
 from gsae_jax.lm.transformer import Transformer
 
-_OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
-_STEPS = flags.DEFINE_integer('steps', 4000, 'Optimizer steps.')
-_BATCH = flags.DEFINE_integer('batch', 32, 'Contexts per step.')
-_RATE = flags.DEFINE_float('learning_rate', 4e-3, 'Peak, cosine to a tenth.')
-
 BOS = '<|bos|>'
 HELD_OUT = 0.1  # As in experiments/quickstart.py.
-CONFIG = {
-  'model_type': gelu_1l.MODEL_TYPE,
+CONFIG: dict[str, Any] = {
+  'model_type': gelu_1l.MODEL_TYPES[0],
   'n_layers': 1,
   'd_model': 128,
   'n_heads': 4,
@@ -87,12 +83,12 @@ def losses(params, module: Transformer, ids_BL: jax.Array) -> jax.Array:
   )
 
 
-def train(module: Transformer, ids_CL: np.ndarray) -> dict:
+def train(
+  module: Transformer, ids_CL: np.ndarray, steps: int, batch: int, rate: float
+) -> dict:
   """AdamW on random contexts; returns the parameters."""
   tx = optax.adamw(
-    optax.warmup_cosine_decay_schedule(
-      0.0, _RATE.value, 200, _STEPS.value, _RATE.value / 10
-    ),
+    optax.warmup_cosine_decay_schedule(0.0, rate, 200, steps, rate / 10),
     b2=0.98,
     weight_decay=0.1,
   )
@@ -109,10 +105,10 @@ def train(module: Transformer, ids_CL: np.ndarray) -> dict:
   ]
   opt_state = tx.init(params)
   order = np.random.default_rng(0)
-  for i in range(_STEPS.value):
-    batch = ids_CL[order.integers(0, len(ids_CL), _BATCH.value)]
-    params, opt_state, value = step(params, opt_state, batch)
-    if i % 200 == 0 or i == _STEPS.value - 1:
+  for i in range(steps):
+    batch_BL = ids_CL[order.integers(0, len(ids_CL), batch)]
+    params, opt_state, value = step(params, opt_state, batch_BL)
+    if i % 200 == 0 or i == steps - 1:
       print(f'step {i}: {float(value):.4f} nats/token', flush=True)
   return jax.device_get(params)
 
@@ -161,22 +157,33 @@ def evaluate(
   }
 
 
-def main(argv):
-  del argv
-  os.makedirs(_OUT.value, exist_ok=True)
+def define_flags(values: flags.FlagValues) -> None:
+  """Adds the flags of this command."""
+  flags.DEFINE_string(
+    'out', None, 'Folder to write.', required=True, flag_values=values
+  )
+  flags.DEFINE_integer('steps', 4000, 'Optimizer steps.', flag_values=values)
+  flags.DEFINE_integer('batch', 32, 'Contexts per step.', flag_values=values)
+  flags.DEFINE_float(
+    'learning_rate', 4e-3, 'Peak, cosine to a tenth.', flag_values=values
+  )
+
+
+def main(given: flags.FlagValues) -> None:
+  os.makedirs(given.out, exist_ok=True)
   documents = text.read_documents('stdlib', None)
   texts = text.split(documents, HELD_OUT, 'train')
-  tokenizer = make_tokenizer(texts, _OUT.value)
+  tokenizer = make_tokenizer(texts, given.out)
   ids_CL = all_contexts(texts, tokenizer).ids_CL
   held = all_contexts(text.split(documents, HELD_OUT, 'held_out'), tokenizer)
   module = Transformer(gelu_1l.config(CONFIG))
-  params = train(module, ids_CL)
+  params = train(module, ids_CL, given.steps, given.batch, given.learning_rate)
   results = {
     'documents': len(documents.texts),
     'text_digest': documents.digest,
     'training_tokens': int(ids_CL.size),
-    'steps': _STEPS.value,
-    'visited_tokens': _STEPS.value * _BATCH.value * CONFIG['n_ctx'],
+    'steps': given.steps,
+    'visited_tokens': given.steps * given.batch * CONFIG['n_ctx'],
     **evaluate(params, module, held, tokenizer),
     **baselines(ids_CL, held),
   }
@@ -194,14 +201,15 @@ def main(argv):
       value = value.reshape(heads)
     tensors[theirs] = np.ascontiguousarray(value)
   safetensors.numpy.save_file(
-    tensors, os.path.join(_OUT.value, 'model.safetensors')
+    tensors, os.path.join(given.out, 'model.safetensors')
   )
   for name, value in (('config', CONFIG), ('results', results)):
-    with open(os.path.join(_OUT.value, f'{name}.json'), 'w') as f:
+    with open(os.path.join(given.out, f'{name}.json'), 'w') as f:
       json.dump(value, f, indent=1)
       f.write('\n')
   print(json.dumps(results, indent=1))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  define_flags(flags.FLAGS)
+  app.run(lambda argv: main(flags.FLAGS))

@@ -33,7 +33,7 @@ def config(raw: dict) -> TransformerConfig:
 
 
 def weights(c: TransformerConfig) -> Table:
-  table = {
+  table: Table = {
     'W_E': ('embed.W_E', same),
     'W_pos': ('pos_embed.W_pos', same),
     'ln_final/scale': ('ln_final.w', same),

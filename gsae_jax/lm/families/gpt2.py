@@ -37,7 +37,7 @@ def config(raw: dict) -> TransformerConfig:
 
 
 def weights(c: TransformerConfig) -> hf.Table:
-  table = {
+  table: hf.Table = {
     'W_E': ('transformer.wte.weight', hf.same),
     'W_pos': ('transformer.wpe.weight', hf.same),
     'ln_final/scale': ('transformer.ln_f.weight', hf.same),
@@ -45,20 +45,18 @@ def weights(c: TransformerConfig) -> hf.Table:
   }
   if not c.tied_embeddings:
     table['W_U'] = ('lm_head.weight', lambda w: w.T)
+  # Side by side, as [in, out].
+  matrix = lambda j: lambda w: w.reshape(-1, 3, c.heads, c.head_width)[:, j]
+  bias = lambda j: lambda w: w.reshape(3, c.heads, c.head_width)[j]
   for i in range(c.layers):
     ours, theirs = f'block_{i}', f'transformer.h.{i}'
     for n in (1, 2):
       table[f'{ours}/ln{n}/scale'] = (f'{theirs}.ln_{n}.weight', hf.same)
       table[f'{ours}/ln{n}/bias'] = (f'{theirs}.ln_{n}.bias', hf.same)
-    for j, name in enumerate('QKV'):  # Side by side, as [in, out].
-      table[f'{ours}/attn/W_{name}'] = (
-        f'{theirs}.attn.c_attn.weight',
-        lambda w, j=j: w.reshape(-1, 3, c.heads, c.head_width)[:, j],
-      )
-      table[f'{ours}/attn/b_{name}'] = (
-        f'{theirs}.attn.c_attn.bias',
-        lambda w, j=j: w.reshape(3, c.heads, c.head_width)[j],
-      )
+    fused = f'{theirs}.attn.c_attn'
+    for j, name in enumerate('QKV'):
+      table[f'{ours}/attn/W_{name}'] = (f'{fused}.weight', matrix(j))
+      table[f'{ours}/attn/b_{name}'] = (f'{fused}.bias', bias(j))
     for letter, name, layer in (
       ('O', 'attn', 'attn.c_proj'),
       ('in', 'mlp', 'mlp.c_fc'),

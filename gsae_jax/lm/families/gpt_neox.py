@@ -33,8 +33,11 @@ def config(raw: dict) -> TransformerConfig:
 
 def weights(c: TransformerConfig) -> hf.Table:
   transposed = lambda w: w.T
+  # Each head holds its three.
   heads = lambda w, *rest: w.reshape(c.heads, 3, c.head_width, *rest)
-  table = {
+  matrix = lambda j: lambda w: heads(w, -1)[:, j].transpose(2, 0, 1)
+  bias = lambda j: lambda w: heads(w)[:, j]
+  table: hf.Table = {
     'W_E': ('gpt_neox.embed_in.weight', hf.same),
     'ln_final/scale': ('gpt_neox.final_layer_norm.weight', hf.same),
     'ln_final/bias': ('gpt_neox.final_layer_norm.bias', hf.same),
@@ -47,16 +50,10 @@ def weights(c: TransformerConfig) -> hf.Table:
       table[f'{ours}/ln{n}/scale'] = (f'{theirs}.{name}.weight', hf.same)
       table[f'{ours}/ln{n}/bias'] = (f'{theirs}.{name}.bias', hf.same)
     fused = f'{theirs}.attention.query_key_value'
-    for j, name in enumerate('QKV'):  # Each head holds its three.
-      table[f'{ours}/attn/W_{name}'] = (
-        f'{fused}.weight',
-        lambda w, j=j: heads(w, -1)[:, j].transpose(2, 0, 1),
-      )
+    for j, name in enumerate('QKV'):
+      table[f'{ours}/attn/W_{name}'] = (f'{fused}.weight', matrix(j))
       if c.qkv_bias:
-        table[f'{ours}/attn/b_{name}'] = (
-          f'{fused}.bias',
-          lambda w, j=j: heads(w)[:, j],
-        )
+        table[f'{ours}/attn/b_{name}'] = (f'{fused}.bias', bias(j))
     for path, layer, biased in (
       ('attn/W_O', 'attention.dense', c.out_bias),
       ('mlp/W_in', 'mlp.dense_h_to_4h', True),

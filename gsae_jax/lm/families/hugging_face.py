@@ -136,7 +136,7 @@ def decoder_weights(c: TransformerConfig) -> Table:
   transposed = lambda w: w.T  # PyTorch's Linear holds [out, in].
   heads = lambda w: w.T.reshape(c.width, -1, c.head_width)
   head_bias = lambda w: w.reshape(-1, c.head_width)
-  table = {
+  table: Table = {
     'W_E': ('model.embed_tokens.weight', same),
     'ln_final/scale': ('model.norm.weight', same),
   }
