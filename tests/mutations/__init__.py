@@ -1,0 +1,1 @@
+"""Small mutations of the code, each of which a test must catch."""
