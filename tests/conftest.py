@@ -1,8 +1,9 @@
 """Four fake devices, set before the backend starts; no test touches a real one."""
 
-import collections
+import json
 import os
-import tempfile
+import shutil
+import signal
 
 # XLA's CPU pool: collectives of fake devices deadlock when it is smaller than
 # their number, which on few cores it is by default.
@@ -10,33 +11,41 @@ os.environ.setdefault('NPROC', '16')
 
 import jax  # noqa: E402
 
-# Programs are compiled once: tests share most of them. All commands that are started
-# have a folder, in which one that is killed may leave half an entry, and this process
-# has its own. Processes that share the tests inherit the first one's environment.
-_COMPILED = tempfile.TemporaryDirectory(prefix='gsae-compiled-')
-if 'PYTEST_XDIST_WORKER' not in os.environ:
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{_COMPILED.name}/commands'
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
-jax.config.update('jax_compilation_cache_dir', f'{_COMPILED.name}/here')
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+from tests.support.compilation import cache_folder  # noqa: E402
+
+# Most tests share their programs with others, with the processes that they start
+# and with the next run. No result depends on the cache.
+_CACHE = {
+  'jax_compilation_cache_dir': str(cache_folder()),
+  'jax_persistent_cache_min_compile_time_secs': 0,
+  'jax_persistent_cache_min_entry_size_bytes': -1,
+}
+for _name, _value in _CACHE.items():
+  os.environ[_name.upper()] = str(_value)
+  jax.config.update(_name, _value)
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 
-import pathlib  # noqa: E402
+# No array gets an axis or a dtype that the code does not state: implicit promotion
+# turns a forgotten axis, or a float32 bias in a bfloat16 model, into a result. Both
+# hold for the whole process, because Flax, Orbax and the parts of optax that the
+# library calls comply; a test that calls more of optax relaxes them for that call.
+# Child processes run without them, as users do.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
+import filelock  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
-from gsae_jax.lm import text  # noqa: E402
-from gsae_jax.lm.layouts import make_layout  # noqa: E402
 from gsae_jax.lm.weights import load_language_model  # noqa: E402
+from tests.support import commands  # noqa: E402
+from tests.support.locations import SHARED  # noqa: E402
+from tests.timing.table import read_seconds  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parent.parent
-SHARED = ROOT.parent / 'shared' / 'data'
+pytest_plugins = ('tests.campaigns.plugin',)
 
 
 def pytest_configure(config):
@@ -44,40 +53,31 @@ def pytest_configure(config):
   flags.FLAGS.mark_as_parsed()
 
 
-def pytest_collection_modifyitems(items):
-  """Files with most slow tests first: none is left to one process at the end."""
-  slow = collections.Counter(
-    i.path for i in items if i.get_closest_marker('slow')
-  )
-  items.sort(key=lambda i: -slow[i.path])
+def pytest_collection_modifyitems(config, items):
+  """The longest files first, so that no process has one left at the end."""
+  if config.pluginmanager.hasplugin('randomly'):
+    return
+  seconds = read_seconds()
+  items.sort(key=lambda item: -seconds.get(item.nodeid.partition('::')[0], 0))
+
+
+def pytest_sessionfinish():
+  commands.close_servers()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+  """Commands note signals; the next test finds the usual handlers."""
+  numbers = signal.SIGTERM, signal.SIGINT
+  before = [signal.getsignal(n) for n in numbers]
+  yield
+  for number, handler in zip(numbers, before, strict=True):
+    signal.signal(number, handler)
 
 
 @pytest.fixture(scope='session')
 def embedded():
   return load_language_model('embedded', revision=None, dtype='float32')
-
-
-def layout_of(lm, kind='replicated', *, model=1, devices=None):
-  """The model on so many of the fake devices; all, if it is not said."""
-  devices = jax.local_devices()[:devices]
-  return make_layout(kind, lm.module.config, lm.bytes, devices, model)
-
-
-def held_out_contexts(lm, *, documents, rows, characters=None, **changes):
-  """Contexts of the beginnings of held-out documents of the standard library."""
-  settings = {
-    'context_length': 32,
-    'packing': 'stream',
-    'prepend_bos': True,
-    'special_tokens': 'drop',
-  }
-  texts = text.split(text.read_documents('stdlib', None), 0.1, 'held_out')
-  return text.pack(
-    [t[:characters] for t in texts[:documents]],
-    lm.tokenizer,
-    rows=rows,
-    **settings | changes,
-  )
 
 
 @pytest.fixture(scope='session')
@@ -105,14 +105,30 @@ def x64():
 
 
 @pytest.fixture(scope='session')
-def smoke(tmp_path_factory):
-  """The four commands, run once; a store and a workdir."""
-  from tests.commands import run
+def shared_folder(tmp_path_factory):
+  """A folder that all processes of this test run have."""
+  base = tmp_path_factory.getbasetemp()
+  return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
 
-  folder = tmp_path_factory.mktemp('smoke')
-  store, workdir = folder / 'store', folder / 'run'
-  run('harvest', f'--store={store}')
-  run('train', f'--store={store}', f'--workdir={workdir}')
-  table = run('evaluate', f'--workdir={workdir}')
-  printed = run('report', f'--workdir={workdir}')
-  return store, workdir, table, printed
+
+@pytest.fixture(scope='session')
+def smoke(shared_folder):
+  """What the four commands leave, on one device, made once in a test run.
+
+  Returns:
+    the store, the workdir, and what evaluate and report printed. No test may
+    change them: one that does copies them first.
+  """
+  folder = shared_folder / 'smoke'
+  store, workdir, printed = folder / 'store', folder / 'run', folder / 'printed'
+  with filelock.FileLock(shared_folder / 'smoke.lock'):
+    if not printed.exists():
+      shutil.rmtree(folder, ignore_errors=True)
+      commands.run('harvest', f'--store={store}')
+      commands.run('train', f'--store={store}', f'--workdir={workdir}')
+      table = commands.run('evaluate', f'--workdir={workdir}')
+      report = commands.run('report', f'--workdir={workdir}')
+      printed.write_text(json.dumps([table, report]))
+  before = commands.files(folder)
+  yield store, workdir, *json.loads(printed.read_text())
+  assert commands.files(folder) == before, 'a test changed what others read'

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import comparison, record, synthetic, turns
-from tests.commands import refuse, run
+from tests.support.commands import check_refusal, run_process, start
 
 CORE = min(os.sched_getaffinity(0))
 TINY = (
@@ -44,7 +44,7 @@ def worker(*, seconds=0.0, fails_at=0):
 
 def train_step(results, *flags, **kwargs):
   place = f'--results={results}'
-  return run(
+  return run_process(
     'train_step',
     *TINY,
     place,
@@ -55,6 +55,7 @@ def train_step(results, *flags, **kwargs):
   )
 
 
+@pytest.mark.integration
 def test_sides_take_turns_and_one_that_dies_is_left_out():
   commands = {
     'slow': worker(seconds=0.05),
@@ -81,6 +82,7 @@ def test_sides_take_turns_and_one_that_dies_is_left_out():
   )
 
 
+@pytest.mark.integration
 def test_on_a_core_the_processor_counts():
   found, _, busy = turns.measure(
     {'a': worker(seconds=0.1)}, rounds=2, core=CORE
@@ -128,6 +130,7 @@ def test_synthetic_gates_are_as_open_as_asked(tmp_path):
     assert bound[0] < synthetic.open_gates(params, x_ND) < bound[1]
 
 
+@pytest.mark.integration
 def test_the_step_starts_alike_on_all_sides_and_adds_a_line(tmp_path):
   sides = ['dense']
   if importlib.util.find_spec('torch'):
@@ -170,6 +173,7 @@ def test_the_step_starts_alike_on_all_sides_and_adds_a_line(tmp_path):
     assert found['versions']['peers']['torch']
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
   ('flag', 'match'),
   [
@@ -178,9 +182,13 @@ def test_the_step_starts_alike_on_all_sides_and_adds_a_line(tmp_path):
   ],
 )
 def test_mistakes_are_one_line(flag, match):
-  refuse('train_step', flag, package='benchmarks', config=None, match=match)
+  process = start('train_step', flag, package='benchmarks', config=None)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 1
+  check_refusal(err, match)
 
 
+@pytest.mark.integration
 def test_code_that_was_changed_is_said_to_be(tmp_path):
   found = record.append(str(tmp_path / 'new'), 'x', settings={}, rows=[])
   (line,) = (tmp_path / 'new' / 'x.jsonl').read_text().splitlines()

@@ -3,13 +3,14 @@
 import importlib.util
 
 import ml_collections
+import numpy as np
 import pytest
 
 from experiments import variants
 from experiments.paper import recipe
 from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
-from tests.conftest import ROOT
+from tests.support.locations import ROOT
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
 
@@ -74,6 +75,10 @@ def sae(**changes):
     (put('train.steps', True), 'train.steps must be int, not True'),
     (put('train.learning_rate', -1.0), 'train.learning_rate: -1.0 is too small'),
     (put('train.learning_rate', float('nan')), 'nan is not a number'),
+    (put('train.learning_rate', 10**400), 'train.learning_rate: 10+ is too large'),
+    (put('store.tokens', -(10**400)), 'store.tokens: -10+ is too small'),
+    (put('text.window', np.arange(3)), 'text.window must be int or None, not arr'),
+    (lambda c: c.update({'a\nb': 1}), 'field a b is unknown'),
     (put('train.encoder_scale', 0.0), 'train.encoder_scale must be more than 0'),
     (put('train.checkpoints_kept', 0), 'checkpoints_kept: 0 is too small'),
     (put('train.resample_steps', (7000,)), '7000 is not between 0 and train.ste'),

@@ -1,8 +1,6 @@
 """GELU-1L's published form: converted, and equal to TransformerLens."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,9 +8,11 @@ import pytest
 from gsae_jax import convert
 from gsae_jax.errors import UserError
 from gsae_jax.lm.weights import load_language_model
-from tests.conftest import ROOT
+from tests.support.commands import call
+from tests.support.locations import ROOT
 
-torch = pytest.importorskip('torch', reason='PyTorch is not installed')
+# PyTorch is imported, here and by the command.
+pytestmark = pytest.mark.integration
 
 EMBEDDED = ROOT / 'gsae_jax' / 'lm' / 'embedded'
 
@@ -33,11 +33,15 @@ def run(folder, **changes):
     'out': folder / 'out',
   } | changes
   flags = [f'--{k}={v}' for k, v in values.items()]
-  command = [sys.executable, '-m', 'gsae_jax.convert', *flags]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  return call('convert', *flags, config=None)
 
 
-def state(lacking=(), **more):
+@pytest.fixture(scope='session')
+def torch():
+  return pytest.importorskip('torch', reason='PyTorch is not installed')
+
+
+def state(torch, lacking=(), **more):
   c = CONFIG
   D, M, K, V, H = (
     c['d_model'], c['d_mlp'], c['d_head'], c['d_vocab'], c['n_heads']
@@ -64,9 +68,9 @@ def state(lacking=(), **more):
 
 
 @pytest.fixture
-def published(tmp_path):
+def published(tmp_path, torch):
   (tmp_path / 'config.json').write_text(json.dumps(CONFIG))
-  torch.save(state(), tmp_path / 'model_final.pth')
+  torch.save(state(torch), tmp_path / 'model_final.pth')
   return tmp_path
 
 
@@ -74,19 +78,21 @@ def open_model(folder):
   return load_language_model(str(folder), revision=None, dtype='float32')
 
 
-def test_the_folder_is_a_model_of_the_same_numbers(published):
-  done = run(published)
-  assert done.returncode == 0, done.stderr
+def test_the_folder_is_a_model_of_the_same_numbers(published, torch):
+  code, _, err = run(published)
+  assert code == 0, err
   lm = open_model(published / 'out')
-  want = state()
+  want = state(torch)
   np.testing.assert_array_equal(lm.params['W_U'], want['unembed.W_U'])
   np.testing.assert_array_equal(
     lm.params['block_0']['attn']['W_K'][:, 2], want['blocks.0.attn.W_K'][2]
   )
   # An unembedding bias is kept where there is one.
   bias = torch.randn(2048)
-  torch.save(state(**{'unembed.b_U': bias}), published / 'model_final.pth')
-  assert run(published, out=published / 'biased').returncode == 0
+  biased = state(torch, **{'unembed.b_U': bias})
+  torch.save(biased, published / 'model_final.pth')
+  code, _, err = run(published, out=published / 'biased')
+  assert code == 0, err
   ids = np.arange(20, dtype=np.int32)[None]
   logits = [
     m.module.apply({'params': m.params}, ids)[0]
@@ -97,20 +103,22 @@ def test_the_folder_is_a_model_of_the_same_numbers(published):
   )
 
 
-def test_what_is_no_such_checkpoint_has_its_line(published):
+def test_what_is_no_such_checkpoint_has_its_line(published, torch):
   def refuse(match, **changes):
-    done = run(published, **changes)
-    assert done.returncode == 1
-    assert done.stderr.startswith('error: ') and match in done.stderr
-    assert done.stderr.count('\n') == 1
+    code, _, err = run(published, **changes)
+    assert code == 1
+    assert err.startswith('error: ') and match in err
+    assert err.count('\n') == 1
     assert not (published / 'out').exists()
 
   refuse('has no tokenizer.json', tokenizer=published)
   refuse('is there already', out=published)
   refuse('No such file', checkpoint=published / 'nothing.pth')
-  torch.save(state(lacking=('embed.W_E',)), published / 'model_final.pth')
+  torch.save(
+    state(torch, lacking=('embed.W_E',)), published / 'model_final.pth'
+  )
   refuse('lacks embed.W_E')
-  torch.save(state(more=torch.ones(2)), published / 'model_final.pth')
+  torch.save(state(torch, more=torch.ones(2)), published / 'model_final.pth')
   refuse('has an unknown more')
 
   class Evil:
@@ -134,7 +142,7 @@ def test_a_config_without_a_size():
 
 # HookedTransformer is what 3.x has, and says that 4.0 will not.
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_it_equals_transformer_lens(tmp_path):
+def test_it_equals_transformer_lens(tmp_path, torch):
   lens = pytest.importorskip(
     'transformer_lens', reason='TransformerLens is not installed'
   )
@@ -151,8 +159,8 @@ def test_it_equals_transformer_lens(tmp_path):
       parameter.add_(0.2 * torch.randn_like(parameter))
   torch.save(model.state_dict(), tmp_path / 'model_final.pth')
   (tmp_path / 'config.json').write_text(json.dumps(CONFIG | {'n_layers': 2}))
-  done = run(tmp_path)
-  assert done.returncode == 0, done.stderr
+  code, _, err = run(tmp_path)
+  assert code == 0, err
   lm = open_model(tmp_path / 'out')
   ids = np.random.default_rng(0).integers(0, 2048, (2, 40)).astype(np.int32)
   sites = tuple(lm.module.config.site_widths())

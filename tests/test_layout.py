@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.locations import ROOT
 
 PACKAGE = ROOT / 'gsae_jax'
 PROGRAMS = {'harvest', 'train', 'evaluate', 'report', 'store', 'convert'}
@@ -87,6 +87,22 @@ def test_every_file_says_what_it_is_and_fits_one_sitting():
     assert len(path.read_text().splitlines()) <= 320, path
 
 
+def test_no_test_file_imports_another():
+  """What several of them need is in tests/support, or a fixture."""
+  for path in (ROOT / 'tests').rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        names = [a.name for a in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [f'{node.module or ""}.{a.name}' for a in node.names]
+      else:
+        continue
+      words = {word for name in names for word in name.split('.')}
+      own = [w for w in words if w == 'conftest' or w.startswith('test_')]
+      assert not own, f'{path}, line {node.lineno}: {own}'
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
   'module',
   [
@@ -112,3 +128,19 @@ def test_metadata_is_in_one_file_only():
   extras = {'tpu', 'cuda12', 'cuda13', 'gcs', 'wandb', 'datasets', 'test'}
   assert extras <= set(project['optional-dependencies'])
   assert not any('<' in d for d in project['dependencies'])
+
+
+def test_types_are_shipped_and_checked_in_every_module():
+  tool = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']
+  assert tool['setuptools']['package-data']['gsae_jax'] == ['py.typed']
+  assert (PACKAGE / 'py.typed').read_text() == ''
+  for path in [*PACKAGE.rglob('*.py'), *(ROOT / 'launch').rglob('*.py')]:
+    assert '# mypy:' not in path.read_text(), path
+  settings = tool['mypy']
+  assert settings['files'] == ['gsae_jax', 'launch']
+  assert not settings.keys() & {'exclude', 'ignore_errors'}
+  for override in settings['overrides']:
+    assert 'ignore_errors' not in override
+    assert not any(
+      m.startswith(('gsae_jax', 'launch')) for m in override['module']
+    )

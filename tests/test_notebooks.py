@@ -27,8 +27,8 @@ from gsae_jax.sae import make_module
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.groups import make_groups
 from gsae_jax.training.run import Run
-from tests.conftest import ROOT
-from tests.fake_gcs import Blob, FakeGCS
+from tests.support.fake_gcs import Blob, FakeGCS
+from tests.support.locations import ROOT
 
 NOTEBOOKS = ROOT / 'notebooks'
 
@@ -144,6 +144,7 @@ def trained(folder):
   return make_module(about), run.checkpoint()['members'][MEMBER]['params']
 
 
+@pytest.mark.integration
 def test_from_harvest_to_report(walked):
   folder, printed = walked
   workdir = epath.Path(folder / 'run')
@@ -158,6 +159,7 @@ def test_from_harvest_to_report(walked):
   assert printed['evaluate'].rstrip() == printed['table'].rstrip() == table
 
 
+@pytest.mark.integration
 def test_restored_on_one_device_from_a_bucket(walked, embedded, tmp_path):
   folder, _ = walked
   kept = tmp_path / 'kept.npz'

@@ -1,7 +1,7 @@
 """Buckets: a fake of Google's that keeps preconditions, and moto's of Amazon's.
 
 The clients read their settings while they are imported, so everything that
-talks to a bucket runs in a process of its own.
+talks to a bucket runs in a process that was started with that bucket's settings.
 """
 
 import json
@@ -10,18 +10,24 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
 
-from tests.commands import files, metrics, metrics_of, refuse, run
-from tests.conftest import ROOT
-from tests.fake_gcs import FakeGCS
+import gsae_jax
+from tests.support.commands import files, metrics, metrics_of, refuse, run
+from tests.support.fake_gcs import FakeGCS
+from tests.support.locations import ROOT
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope='module')
 def gcs():
-  with FakeGCS(buckets=('acts',)) as fake:
+  """Google's, with a bucket `acts`, and one that is only to be read."""
+  with FakeGCS(buckets=('acts', 'theirs')) as fake:
+    fake.closed.add('theirs')
     yield fake
 
 
@@ -65,31 +71,18 @@ def s3():
       except ConnectionRefusedError:
         assert server.poll() is None
         time.sleep(0.1)
-    python(
-      'import boto3\n'
-      f'c = boto3.client("s3", endpoint_url="http://127.0.0.1:{port}",'
-      ' region_name="us-east-1")\n'
-      'c.create_bucket(Bucket="acts")',
-      environment,
-    )
+    url = f'{environment["GSAE_S3_ENDPOINT"]}/acts'
+    urllib.request.urlopen(urllib.request.Request(url, method='PUT')).close()
     yield environment
   finally:
     server.kill()
     server.wait()
 
 
-def python(code, environment, *arguments):
-  """What a piece of Python prints."""
-  result = subprocess.run(
-    [sys.executable, '-c', code, *arguments],
-    cwd=ROOT,
-    env=os.environ | environment | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert result.returncode == 0, result.stderr
-  return result.stdout
+def python(code, environment, argument):
+  """What a piece of Python prints; its argument is a place in a bucket."""
+  command = dict(package='tests.support', config=None)
+  return run('snippet', argument, code, **command, **environment)
 
 
 READ = """
@@ -141,8 +134,6 @@ def test_the_whole_line_runs_on_google_storage(smoke, gcs):
     work,
   )
   step, weights = loaded.split(' ', 1)
-  import gsae_jax
-
   want = gsae_jax.load(str(workdir), member='relu_mlp_out.0').params['W_dec']
   assert step == '40'
   np.testing.assert_array_equal(np.float32(json.loads(weights)), want)
@@ -240,15 +231,13 @@ def test_a_bucket_that_is_not_there_is_named(gcs, s3):
     refuse('store', 'inspect', place, match='nobody/x', **env)
 
 
-def test_a_bucket_that_is_not_to_be_written_is_named(smoke):
+def test_a_bucket_that_is_not_to_be_written_is_named(smoke, gcs):
   refused = 'the caller has no right to write to theirs'
-  with FakeGCS(buckets=('theirs',)) as gcs:
-    gcs.closed.add('theirs')
-    place, env = 'gs://theirs/x', gcs.environment
-    refuse('harvest', f'--store={place}', match=refused, **env)
-    flags = f'--store={smoke[0]}', f'--workdir={place}'
-    refuse('train', *flags, match=f'{refused}; check the path', **env)
-    assert not gcs.objects['theirs']
+  place, env = 'gs://theirs/x', gcs.environment
+  refuse('harvest', f'--store={place}', match=refused, **env)
+  flags = f'--store={smoke[0]}', f'--workdir={place}'
+  refuse('train', *flags, match=f'{refused}; check the path', **env)
+  assert not gcs.objects['theirs']
 
 
 TWO_WRITERS = """

@@ -17,7 +17,7 @@ from experiments import (
 from experiments.paper import tables
 from gsae_jax import config as config_lib
 from gsae_jax.evaluation import pareto
-from tests.conftest import ROOT
+from tests.support.locations import ROOT
 
 SPEC = ROOT.parent / 'shared' / 'spec' / 'tables.csv'
 

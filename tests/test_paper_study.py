@@ -27,6 +27,7 @@ from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import metrics, pareto, records
 from gsae_jax.evaluation.frontiers import Estimate
+from tests.support.commands import refuse, run
 
 SITE = 'mlp_out.0'
 
@@ -417,9 +418,8 @@ def test_runs_on_different_documents_do_not_join():
 # Everything, once.
 
 
+@pytest.mark.integration
 def test_wrong_flags_have_a_line(tmp_path):
-  from tests.commands import refuse
-
   flags = ('--config=experiments/paper/embedded.py', f'--workdir={tmp_path}')
   refuse(
     'study', *flags, '--ablation_site=x', config=None, package='experiments.paper',
@@ -441,10 +441,8 @@ TINY = (
 
 @pytest.mark.slow
 def test_the_whole_study_and_nothing_twice(tmp_path):
-  from tests.commands import run
-
   command = dict(config=None, package='experiments.paper')
-  out = run('all', *TINY, f'--workdir={tmp_path}', timeout=1800, **command)
+  out = run('all', *TINY, f'--workdir={tmp_path}', **command)
   assert out.count('+ ') == 1 + 3 * 2 + 1  # Harvest, three runs, the pursuits.
   page = (tmp_path / 'index.html').read_text()
   assert page.count('<svg') > 10 and 'The paper’s claims' in page

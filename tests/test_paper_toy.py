@@ -1,15 +1,14 @@
 """The toy model of Appendix F: exact numbers against integrals and samples."""
 
+import functools
 import html.parser
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from experiments.paper import toy
-from tests.conftest import ROOT
+from tests.support.commands import call
 
 
 def integral(fn, t=-np.inf, mean=2.0, std=0.5):
@@ -113,22 +112,18 @@ def test_histograms_are_densities():
   assert x[0] == -4 and x[-1] == 5 and len(x) == 180
 
 
+@pytest.mark.integration
 def test_the_command_writes_one_page(tmp_path):
-  run = lambda *args: subprocess.run(
-    [sys.executable, '-m', 'experiments.paper.toy', *args],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  run = functools.partial(call, 'toy', package='experiments.paper', config=None)
   path = tmp_path / 'out' / 'toy.html'
-  done = run(f'--out={path}')
-  assert done.returncode == 0 and done.stdout == f'{path}\n'
+  code, out, _ = run(f'--out={path}')
+  assert code == 0 and out == f'{path}\n'
   page = path.read_text()
   html.parser.HTMLParser().feed(page)
   assert page.count('<svg') == toy.figure().count('<svg') == 3
   assert '0.233 with the ReLU, 0.185 with its factor at best (1.80)' in page
   assert 'http' not in page.replace('http-equiv', '')
   (tmp_path / 'file').write_text('')
-  failed = run(f'--out={tmp_path}/file/toy.html')
-  assert failed.returncode == 1
-  assert failed.stderr.startswith('error: ') and failed.stderr.count('\n') == 1
+  code, _, err = run(f'--out={tmp_path}/file/toy.html')
+  assert code == 1
+  assert err.startswith('error: ') and err.count('\n') == 1

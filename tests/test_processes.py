@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,33 +19,20 @@ from gsae_jax import processes
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
 from gsae_jax.errors import UserError
-from tests.commands import files, metrics_of, refuse, run, start, wait_for
-from tests.conftest import ROOT
+from tests.support.commands import (
+  files,
+  finish,
+  free_port,
+  metrics_of,
+  refuse,
+  run,
+  start,
+  start_both,
+  wait_for,
+)
+from tests.support.locations import ROOT
 
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
-def start_both(*flags, program='harvest', own=((), ()), **kwargs):
-  """Starts a command in two processes; `own` are flags of each."""
-  place = f'--coordinator=127.0.0.1:{free_port()}'
-  return [
-    start(
-      program, *flags, place, '--processes=2', f'--process={i}', *own[i],
-      devices=2,
-      **kwargs,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-
-
-def finish(both):
-  """Exit codes and what was printed."""
-  outputs = [p.communicate(timeout=300) for p in both]
-  return [p.returncode for p in both], outputs
+pytestmark = pytest.mark.integration
 
 
 def test_two_processes_write_the_store_of_one(smoke, tmp_path):
@@ -78,7 +64,7 @@ def test_windows_of_text_begun_by_one_and_finished_by_two(tmp_path):
   flags = '--config.text.window=8', '--config.text.order=source'
   run('harvest', f'--store={tmp_path}/whole', *flags)
   flags = f'--store={tmp_path}/killed', *flags
-  process = start('harvest', *flags)
+  process = start('harvest', *flags, kill=True)
   records = tmp_path / 'killed' / 'records'
   wait_for(lambda: len(list(records.glob('*.json'))) >= 3, process)
   process.kill()
@@ -136,7 +122,7 @@ def test_failure_of_one_ends_both(tmp_path):
 
 def test_a_process_that_is_killed_ends_the_other_in_order(tmp_path):
   flags = (f'--store={tmp_path}', '--config.store.tokens=200000')
-  both = start_both(*flags)
+  both = start_both(*flags, kill=True)
   while len(list((tmp_path / 'records').glob('*.json'))) < 4:
     assert both[0].poll() is None, both[0].communicate()
     time.sleep(0.01)
@@ -302,7 +288,7 @@ def test_a_killed_process_ends_the_training_of_the_other(
 ):
   flags = (f'--store={smoke[0]}', f'--workdir={tmp_path}', *TRAIN)
   metrics = tmp_path / 'metrics.jsonl'
-  both = start_both(*flags, program='train', config=TWO)
+  both = start_both(*flags, program='train', config=TWO, kill=True)
   wait_for(lambda: metrics.exists() and metrics.read_text(), both[0])
   both[1].kill()
   codes, outputs = finish(both)
@@ -355,7 +341,10 @@ for name, mesh in meshes.items():
   'settings',
   [
     {'batch_size': 128, 'unit': 'chunk', 'shuffle_rows': 1024},
-    {'batch_size': 128, 'unit': 'shard', 'shuffle_rows': 2048},
+    pytest.param(
+      {'batch_size': 128, 'unit': 'shard', 'shuffle_rows': 2048},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_two_processes_get_the_batches_of_one(smoke, tmp_path, settings):
@@ -404,13 +393,10 @@ def test_others_that_do_not_come_in_time(monkeypatch, capsys, error, code):
     raise error
 
   monkeypatch.setattr(jax.distributed, 'initialize', fail)
-  for name, value in (('COORDINATOR', 'auto'), ('PROCESSES', None)):
-    flag = SimpleNamespace(value=value)
-    monkeypatch.setattr(processes, f'_{name}', flag)
-  monkeypatch.setattr(processes, '_PROCESS', SimpleNamespace(value=None))
+  given = SimpleNamespace(coordinator='auto', processes=None, process=None)
   monkeypatch.setattr(os, '_exit', sys.exit)
   with pytest.raises(SystemExit if code == 42 else UserError) as left:
-    processes.initialize()
+    processes.initialize(given)
   if code == 42:
     assert left.value.code == 42
     said = capsys.readouterr().err

@@ -1,9 +1,6 @@
 """What bounds a step on many chips: the arithmetic, and what is compiled."""
 
 import json
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -11,9 +8,8 @@ import pytest
 
 from benchmarks.scaling import cases, cells
 from launch.preflight import roofline, topology
-from tests.conftest import ROOT
-
-LIBTPU = ROOT / '.venv' / 'libtpu'  # Where `make test` puts it.
+from tests.support import tpu_compiler
+from tests.support.commands import run
 
 
 def test_bytes_on_the_wire():
@@ -138,25 +134,25 @@ def test_the_figure_is_an_svg_file_of_what_fits():
   assert '**needs 20.00G of 15.75G**' in cells(small)
 
 
+MEASURE = """
+import json, sys
+from benchmarks import scaling
+sys.argv[1:] = json.loads(sys.argv[1])
+scaling.main()
+"""
+
+
 def measured(only, tmp_path, *flags):
   """The row of a program, by the TPU's compiler."""
-  if not (LIBTPU / 'libtpu').is_dir():
-    pytest.skip(f'no libtpu in {LIBTPU}; make test installs it')
-  command = [sys.executable, '-m', 'benchmarks.scaling', f'--only={only}']
-  done = subprocess.run(
-    [*command, *flags, f'--results={tmp_path}'],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': f'{LIBTPU}:{ROOT}'},
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
+  argument = json.dumps([f'--only={only}', *flags, f'--results={tmp_path}'])
+  command = dict(package='tests.support', config=None)
+  run('snippet', argument, MEASURE, **command, **tpu_compiler.environment())
   (line,) = (tmp_path / 'scaling.jsonl').read_text().splitlines()
   (found,) = json.loads(line)['rows']
   return found
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_flagship_on_eight_chips(tmp_path):
   found = measured('v5e:2x4', tmp_path)
   assert found['mesh'] == {'sae': 1, 'data': 1, 'model': 8}
@@ -168,7 +164,7 @@ def test_the_flagship_on_eight_chips(tmp_path):
   assert 7 <= found['units'] <= 7.1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize('only', ['v5p:4x4x4', 'v5e:16x16 sae=16'])
 def test_only_sums_are_sent_over_many_chips(only, tmp_path):
   # Where gradients are held to an order in memory, the compiler may gather them.

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from gsae_jax.activations.store import open_store
-from tests.commands import files, refuse, run
+from tests.support.commands import files, refuse, run
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from gsae_jax import config as config_lib
 from gsae_jax.activations.loader import Loader
 from gsae_jax.activations.store import open_store
 from gsae_jax.training.state import fold_scale
-from tests.commands import run, start, wait_for
-from tests.test_processes import finish, start_both
-from tests.training import conftest as training
+from tests.support import training
+from tests.support.commands import finish, run, start, start_both, wait_for
 
 CONFIG = 'experiments/sweep_l1.py'
 STORE = {'store.tokens': 65_536, 'store.buffer_rows': 32_768}
@@ -21,6 +20,8 @@ TRAIN = {
   'train.steps': 90, 'train.checkpoint_every': 15, 'train.batch_size': 256,
   'train.log_every': 5, 'loader.shuffle_rows': 4096,
 }  # fmt: skip
+
+pytestmark = pytest.mark.integration
 
 
 def flags(changes):

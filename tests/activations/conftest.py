@@ -1,66 +1,8 @@
 """A store of a thousand rows whose every value is known."""
 
-import ml_dtypes
-import numpy as np
 import pytest
 
-from gsae_jax.activations.layout import Encoding
-from gsae_jax.activations.writer import StoreWriter
-
-ROWS, SHARD, CHUNK, WIDTH = 1000, 256, 32, 8
-SITES = 'mlp_out.0', 'resid_post.1'
-SHARDS = 4
-
-
-def writer(path, *, centred=False, **changes):
-  encodings = dict.fromkeys(SITES)
-  if centred:
-    mean_D = np.linspace(-40, 40, WIDTH).astype(np.float32)
-    encodings = dict.fromkeys(SITES, Encoding(mean_D, np.float32(0.5)))
-  values = {
-    'identity': {'lm': {'weights': 'abc'}, 'seed': 0},
-    'provenance': {'lm_path': 'x'},
-    'widths': dict.fromkeys(SITES, WIDTH),
-    'rows': ROWS,
-    'shard_rows': SHARD,
-    'chunk_rows': CHUNK,
-    'buffer_rows': SHARD,
-    'dtype': 'bfloat16',
-    'make_encodings': lambda: encodings,
-  }
-  return StoreWriter(str(path), **values | changes)
-
-
-def make_rows(start, stop, salt=0):
-  """Rows of the whole store, as they are stored."""
-  numbers = np.arange(start, stop)
-  rng = np.random.default_rng(salt)
-  x = rng.normal(size=(ROWS, WIDTH)).astype(ml_dtypes.bfloat16)[start:stop]
-  return {
-    'token_ids': numbers.astype(np.int32),
-    'positions': (numbers % 7).astype(np.int32),
-    'context_ids': (numbers // 7).astype(np.int32),
-    'document_ids': (numbers // 50).astype(np.uint64) + np.uint64(2**63),
-    'special': numbers % 5 == 0,
-    'mlp_out.0': x,
-    'resid_post.1': -x,
-  }
-
-
-def put(w, buffer, buffer_rows=SHARD, salt=0):
-  start = buffer * buffer_rows
-  w.put(buffer, make_rows(start, min(start + buffer_rows, ROWS), salt))
-
-
-def fill(path, *, salt=0, **changes):
-  """Writes what is missing; returns the buffers that it made."""
-  with writer(path, **changes) as w:
-    made = w.missing_buffers()
-    for buffer in made:
-      put(w, buffer, changes.get('buffer_rows', SHARD), salt)
-    w.flush()
-    w.finish()
-  return made
+from tests.support.activations import fill
 
 
 @pytest.fixture(scope='session')

@@ -16,8 +16,8 @@ from gsae_jax.activations.placement import local_rows
 from gsae_jax.activations.store import open_store
 from gsae_jax.errors import UserError
 from gsae_jax.mesh import make_mesh
-from tests.activations import conftest as known
-from tests.training.conftest import write_store
+from tests.support import activations as known
+from tests.support.training import write_store
 
 BATCH = 256
 SITE = 'resid_post.0'

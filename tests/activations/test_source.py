@@ -9,37 +9,22 @@ import pytest
 from gsae_jax.activations import forward as forward_lib
 from gsae_jax.activations.forward import Forward, fitting, make_forward
 from gsae_jax.activations.layout import Encoding
-from gsae_jax.activations.source import Source
 from gsae_jax.errors import Preempted
-from gsae_jax.lm import text
-from tests.conftest import held_out_contexts, layout_of
-
-SITES = ('mlp_out.0', 'attn_pre_linear.0')
+from tests.support.contexts import held_out_contexts, layout_of
+from tests.support.forward import QUICK
+from tests.support.sources import (
+  SITES,
+  activations_of,
+  buffer,
+  forward,
+  same,
+  source,
+)
 
 
 @pytest.fixture(scope='module')
 def contexts(embedded):
   return held_out_contexts(embedded, documents=40, rows=5000)
-
-
-def forward(lm, sites=SITES, *, layout=None, batch_contexts=4, **changes):
-  return Forward(
-    lm,
-    sites,
-    layout=layout or layout_of(lm),
-    batch_contexts=batch_contexts,
-    **{'length': 32, 'dtypes': ('float32',)} | changes,
-  )
-
-
-def source(lm, contexts, *, run=None, **changes):
-  values = {'rows': 5000, 'buffer_rows': 2048, 'dtype': 'float32', 'seed': 0}
-  windows = [contexts] if isinstance(contexts, text.Contexts) else contexts
-  return Source(run or forward(lm), windows, **values | changes)
-
-
-def buffer(source, number, **kwargs):
-  return source.buffer(number, dict.fromkeys(source.sites), **kwargs)
 
 
 def test_every_row_is_its_tokens_activation(embedded, contexts):
@@ -48,9 +33,7 @@ def test_every_row_is_its_tokens_activation(embedded, contexts):
   shards = [buffer(make, s) for s in range(3)]
   assert [len(s['token_ids']) for s in shards] == [2048, 2048, 904]
   stored = {k: np.concatenate([s[k] for s in shards]) for k in shards[0]}
-  _, taken = embedded.module.apply(
-    {'params': embedded.params}, contexts.ids_CL, sites=SITES, output=None
-  )
+  taken = activations_of(embedded, contexts)
   # Context and position name a token of the text.
   where = stored['context_ids'], stored['positions']
   for site in SITES:
@@ -92,10 +75,7 @@ def test_rows_are_mixed_across_contexts(embedded, contexts):
   assert len(np.unique(rows['context_ids'][:32])) > 20
 
 
-def same(a, b):
-  return all(np.array_equal(a[k], b[k]) for k in a)
-
-
+@pytest.mark.integration
 def test_buffers_depend_on_seed_and_epoch_and_not_on_devices(
   embedded, contexts
 ):
@@ -172,6 +152,7 @@ def test_kept_special_tokens_are_marked(embedded):
   assert 50 < is_bos.sum() < 100  # One context in 32 tokens, and documents.
 
 
+@pytest.mark.integration
 def test_the_model_stops_behind_the_last_site(stories):
   from gsae_jax.lm.weights import load_language_model
 
@@ -185,13 +166,14 @@ def test_the_model_stops_behind_the_last_site(stories):
       dict.fromkeys(sites),
       dtype=jax.numpy.float32,
     )
-    return lowered.compile().cost_analysis()['flops']
+    return lowered.compile(QUICK).cost_analysis()['flops']
 
   first, last = flops(('resid_post.0',)), flops(('resid_post.4',))
   assert 4.5 < last / first < 5.5
   assert flops(('resid_post.0', 'mlp_out.0')) < 1.05 * first
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
   ('kind', 'model'),
   [('tensor', 2), ('tensor', 4), ('fully_sharded', 1), ('fully_sharded', 2)],
@@ -209,6 +191,7 @@ def test_a_divided_model_gives_the_same_rows(kind, model, embedded, contexts):
       np.testing.assert_array_equal(divided[name], want, err_msg=name)
 
 
+@pytest.mark.integration
 def test_activations_of_a_divided_model_are_global_arrays(embedded, contexts):
   sites = ('attn_pre_linear.0', 'resid_post.0')
   layout = layout_of(embedded, 'tensor', model=2)
@@ -233,6 +216,7 @@ def test_a_batch_is_chosen_to_fit(embedded, contexts):
   assert fitting(need, 1, 1024) == 1 and fitting(need, None, 2**20) == 1
 
 
+@pytest.mark.integration
 def test_what_a_batch_needs_is_asked_of_the_compiler(embedded):
   run = forward(embedded)
   need = lambda contexts: run._needed(contexts, 32, 'float32')
@@ -283,6 +267,7 @@ def test_the_batch_is_chosen_for_the_dearest_of_the_programs(
   assert [contexts for contexts, _ in asked[::2]] == [64, 32, 16, 8]
 
 
+@pytest.mark.integration
 def test_parameters_are_gathered_and_contexts_are_not(embedded, contexts):
   layout = layout_of(embedded, 'fully_sharded')
   sites = ('mlp_hidden.0', 'resid_post.0')

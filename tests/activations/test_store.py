@@ -15,8 +15,9 @@ from gsae_jax.activations import store as store_lib
 from gsae_jax.activations.store import open_store
 from gsae_jax.activations.verify import Verifier
 from gsae_jax.errors import UserError
-from tests.activations.conftest import (
+from tests.support.activations import (
   CHUNK,
+  DAMAGES,
   ROWS,
   SHARD,
   SITES,
@@ -26,7 +27,7 @@ from tests.activations.conftest import (
   put,
   writer,
 )  # fmt: skip
-from tests.commands import files
+from tests.support.commands import files
 
 
 def read(store, name):
@@ -136,46 +137,6 @@ def test_a_shard_is_finished_when_its_record_is_there(tmp_path):
     open_store(str(tmp_path))
 
 
-def damage_missing(path, whole):
-  (path / 'mlp_out.0/activations/c/2/0').unlink()
-
-
-def damage_truncated(path, whole):
-  file = path / 'mlp_out.0/activations/c/2/0'
-  file.write_bytes(file.read_bytes()[:-100])
-
-
-def damage_emptied(path, whole):
-  (path / 'token_ids/c/2').write_bytes(b'')
-
-
-def damage_foreign_rows(path, whole):
-  shutil.copy(path / 'foreign/mlp_out.0/activations/c/2/0',
-              path / 'mlp_out.0/activations/c/2/0')  # fmt: skip
-
-
-def damage_foreign_shard(path, whole):
-  for file in files(path / 'foreign'):
-    if '/c/2' in file or file == 'records/2.json':
-      shutil.copy(path / 'foreign' / file, path / file)
-
-
-def damage_swapped(path, whole):
-  for file in ('mlp_out.0/activations/c/{}/0', 'records/{}.json'):
-    shutil.copy(path / file.format(1), path / file.format(2))
-
-
-def damage_record(path, whole):
-  file = path / 'records/2.json'
-  file.write_bytes(file.read_bytes()[:-30])
-
-
-DAMAGES = [
-  damage_missing, damage_truncated, damage_emptied, damage_foreign_rows,
-  damage_foreign_shard, damage_swapped, damage_record,
-]  # fmt: skip
-
-
 @pytest.mark.parametrize('damage', DAMAGES, ids=lambda f: f.__name__)
 def test_harvest_writes_bad_shards_again_and_no_other(damage, tmp_path, whole):
   fill(tmp_path)
@@ -184,6 +145,15 @@ def test_harvest_writes_bad_shards_again_and_no_other(damage, tmp_path, whole):
   damage(tmp_path, whole)
   shutil.rmtree(tmp_path / 'foreign')
   assert fill(tmp_path) == [2]
+  assert files(tmp_path) == files(whole)
+
+
+def test_a_damaged_last_shard_is_written_again(tmp_path, whole):
+  # It is not full: TensorStore would read it to write a part of it.
+  fill(tmp_path)
+  file = tmp_path / 'mlp_out.0/activations/c/3/0'
+  file.write_bytes(file.read_bytes()[:-100])
+  assert fill(tmp_path) == [3]
   assert files(tmp_path) == files(whole)
 
 

@@ -13,8 +13,8 @@ from gsae_jax.activations.source import nothing
 from gsae_jax.activations.stream import Stream
 from gsae_jax.errors import Preempted, UserError
 from gsae_jax.mesh import make_mesh
-from tests.activations.test_source import SITES, buffer, source
-from tests.conftest import held_out_contexts
+from tests.support.contexts import held_out_contexts
+from tests.support.sources import SITES, buffer, source
 
 SITE = 'mlp_out.0'
 

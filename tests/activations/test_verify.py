@@ -11,9 +11,8 @@ import tensorstore as ts
 from gsae_jax.activations import shards
 from gsae_jax.activations.verify import Verifier
 from gsae_jax.errors import UserError
-from tests.activations.conftest import SHARDS, fill, put, writer
-from tests.activations.test_store import DAMAGES
-from tests.commands import files
+from tests.support.activations import DAMAGES, SHARDS, fill, put, writer
+from tests.support.commands import files
 
 
 def verify(path):
@@ -169,7 +168,10 @@ def test_records_come_back_and_notice_changes(whole):
     shards.read_record(raw, store, 1)
   with pytest.raises(shards.Foreign):
     shards.read_record(raw, 'f' * 64, 0)
-  for bad in (raw[:-1], raw.replace(b'"shard": 0', b'"shard": 1'), b'[]', b''):
+  for bad in (
+    raw[:-1], raw.replace(b'"shard": 0', b'"shard": 1'), b'[]', b'',
+    b'[' * 100_000, (whole / 'manifest.json').read_bytes(),
+  ):  # fmt: skip
     with pytest.raises(shards.Damaged, match='damaged'):
       shards.read_record(bad, store, 1)
 

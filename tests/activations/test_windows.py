@@ -9,8 +9,14 @@ from gsae_jax.activations.windows import Windows
 from gsae_jax.errors import Preempted, UserError
 from gsae_jax.lm import text
 from gsae_jax.lm.documents import locate
-from tests.activations.test_source import SITES, buffer, same, source
-from tests.lm import golden_text
+from tests.support import golden_text
+from tests.support.sources import (
+  SITES,
+  activations_of,
+  buffer,
+  same,
+  source,
+)
 
 SETTINGS = {
   'separator': '<sep>',
@@ -98,9 +104,7 @@ def test_rows_come_window_by_window_and_each_once(embedded, file, whole):
   assert (
     len(np.unique(stored['context_ids'] * 32 + stored['positions'])) == ROWS
   )
-  _, taken = embedded.module.apply(
-    {'params': embedded.params}, contexts.ids_CL, sites=SITES, output=None
-  )
+  taken = activations_of(embedded, contexts)
   for site in SITES:
     want = np.asarray(taken[site])[where]
     np.testing.assert_allclose(stored[site], want, atol=1e-4)

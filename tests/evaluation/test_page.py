@@ -160,7 +160,8 @@ def test_text_in_records_is_escaped():
 
 def test_page_with_one_sae_and_nothing_trained():
   text, checker = rendered(
-    evaluations={0: [record('a', 'relu', 0.0, 0.0, gamma=None)]}, metrics=[]
+    evaluations={0: [record('a', 'relu', 0.0, None, gamma=None)]},
+    metrics=[{'step': 1, 'member': 'a', 'loss': None, 'l0': '1'}],
   )
   assert 'Nothing to draw yet' in ' '.join(checker.text)
   assert 'nan' not in text.lower()
@@ -178,3 +179,25 @@ def test_axes_map_ends_and_choose_round_ticks():
   assert [figures.number(v) for v in (0, 0.25, 20000, 2.5e6)] == [
     '0', '0.25', '20k', '2.5M'
   ]  # fmt: skip
+
+
+def test_lines_and_points_of_a_figure_lie_within_its_frame():
+  points = [(0.5, 1.0, ''), (30.0, -4.0, '')]
+  svg = figures.figure(
+    [figures.Series('a', 'gated', points)],
+    x_label='x', y_label='y', title='t', log_x=True, guide=0.0,
+  )  # fmt: skip
+  bounds = {
+    'x': (figures.LEFT, figures.WIDTH - figures.RIGHT),
+    'y': (figures.TOP, figures.HEIGHT - figures.BOTTOM),
+  }
+  lines = re.findall(r'<line [^>]*>', svg)
+  assert len(lines) > 6
+  for axis, (low, high) in bounds.items():
+    found = re.findall(rf' c?{axis}[12]?="([\d.]+)"', ''.join(lines))
+    found += re.findall(rf'<circle [^>]*c{axis}="([\d.]+)"', svg)
+    values = sorted(map(float, found))
+    assert low <= values[0] and values[-1] <= high
+  # Each grid line goes all the way across.
+  across = re.findall(r'class="grid" x1="(\d+)" x2="(\d+)"', svg)
+  assert set(across) == {tuple(map(str, bounds['x']))}

@@ -13,32 +13,17 @@ from gsae_jax.evaluation import devices as devices_lib
 from gsae_jax.evaluation import metrics, passes
 from gsae_jax.evaluation.splice import Evaluator
 from gsae_jax.sae import ARCHITECTURES, tiles
-from tests.conftest import held_out_contexts, layout_of
+from tests.support.contexts import layout_of
+from tests.support.forward import QUICK
+from tests.support.untrained import FEATURES, LENGTH, SITE, TOKENS, WIDTH
 
-SITE, WIDTH, FEATURES, LENGTH = 'mlp_out.0', 128, 192, 32
-TOKENS = 700
-
-
-@pytest.fixture(scope='module')
-def contexts(embedded):
-  return held_out_contexts(
-    embedded, documents=20, characters=300, rows=TOKENS, context_length=LENGTH
-  )
+# Several programs over devices, for every division of them.
+pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope='module')
-def saes():
-  rng = np.random.default_rng(1)
-  found = {}
-  for name in ('gated', 'relu'):
-    module = ARCHITECTURES[name](WIDTH, FEATURES)
-    p = module.init(jax.random.key(0), jnp.zeros((1, WIDTH)))['params']
-    p = {k: np.asarray(v) for k, v in p.items()}
-    for k in p:
-      if k.startswith('b_') or k == 'r_mag':
-        p[k] = rng.normal(size=p[k].shape).astype(np.float32) * 0.3 - 0.2
-    found[name] = (module, SITE, p)
-  return found
+def slow(changes):
+  """A division whose parts other rows have."""
+  return pytest.param(changes, marks=pytest.mark.slow)
 
 
 def evaluate(
@@ -88,23 +73,34 @@ def encoded(sae, p, x):
   return f, f @ p['W_dec'] + p['b_dec']
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _spliced(module, site, params, ids, mask, new):
+  """Logits, and the site's activations with rows of the mask replaced."""
+  logits, taken = module.apply(
+    {'params': params},
+    ids,
+    sites=(site,),
+    edits={site: lambda x: jnp.where(mask[..., None], new, x)},
+  )
+  return logits, taken[site]
+
+
 def expected(embedded, contexts, sae, p, site=SITE, mask=None):
   """The record by definition; only the language model itself is float32."""
   ids = contexts.ids_CL
   mask = counted_mask(contexts) if mask is None else mask
-  run = lambda **k: embedded.module.apply({'params': embedded.params}, ids, **k)
-  logits, taken = run(sites=(site,))
-  x = np.asarray(taken[site], np.float64)
+
+  def run(mask, new):
+    new = np.broadcast_to(np.float32(new), (*ids.shape, WIDTH))
+    out = _spliced(embedded.module, site, embedded.params, ids, mask, new)
+    return [np.asarray(v, np.float64) for v in out]
+
+  logits, x = run(np.zeros_like(mask), 0)
   p = {k: v.astype(np.float64) for k, v in p.items()}
   f, x_hat = encoded(sae, p, x)
-
-  def losses(new):
-    replaced = jnp.asarray(np.where(mask[..., None], new, x), jnp.float32)
-    out, _ = run(edits={site: lambda _: replaced})
-    return softmax_losses(np.asarray(out, np.float64), ids)
-
+  losses = lambda new: softmax_losses(run(mask, new)[0], ids)
   counted = mask[:, :-1]
-  clean, log_p = softmax_losses(np.asarray(logits, np.float64), ids)
+  clean, log_p = softmax_losses(logits, ids)
   spliced, log_q = losses(x_hat)
   zero, log_zero = losses(np.zeros_like(x))
   average, log_average = losses(x[mask].mean(0))
@@ -161,52 +157,60 @@ def flat(record):
   )
 
 
-@pytest.mark.parametrize('sae', ['gated', 'relu'])
 @pytest.mark.parametrize('site', ['mlp_out.0', 'attn_pre_linear.0'])
-def test_every_metric_equals_its_definition(
-  sae, site, embedded, contexts, saes
-):
-  module, _, p = saes[sae]
+def test_every_metric_equals_its_definition(site, embedded, contexts, saes):
   # A member may be called what a site is.
-  got = evaluate(embedded, contexts, {site: (module, site, p)})[site]
-  want = expected(embedded, contexts, sae, p, site)
-  assert set(got) == set(want) | {'density', 'intervals'}
-  assert_equal(got, want)
-  assert 0.05 < want['alive_fraction'] <= 1 and want['l0'] > 1
-  assert want['num_documents'] > 2
-  assert sum(got['density']['features']) == FEATURES - want['dead_features']
+  names = {'gated': site, 'relu': 'relu'}
+  members = {
+    names[sae]: (module, site, p) for sae, (module, _, p) in saes.items()
+  }
+  records = evaluate(embedded, contexts, members)
+  for sae, (_, _, p) in saes.items():
+    got = records[names[sae]]
+    want = expected(embedded, contexts, sae, p, site)
+    assert set(got) == set(want) | {'density', 'intervals'}
+    assert_equal(got, want)
+    assert 0.05 < want['alive_fraction'] <= 1 and want['l0'] > 1
+    assert want['num_documents'] > 2
+    assert sum(got['density']['features']) == FEATURES - want['dead_features']
+
+
+@pytest.fixture(scope='module')
+def on_four(embedded, contexts, saes):
+  """What pmap over the four devices measures."""
+  return evaluate(embedded, contexts, saes)
 
 
 @pytest.mark.parametrize(
   'changes',
   [
     {'parallel': 'mesh'},
-    {'devices': 1},
+    slow({'devices': 1}),
     {'devices': 1, 'parallel': 'mesh', 'batch_size': 3},
     {'devices': 2},
-    {'devices': 2, 'parallel': 'mesh'},
-    {'batch_size': 4},
-    {'batch_size': 12, 'parallel': 'mesh'},
+    slow({'devices': 2, 'parallel': 'mesh'}),
+    slow({'batch_size': 4}),
+    slow({'batch_size': 12, 'parallel': 'mesh'}),
     {'parallel': 'auto'},
     {'parallel': 'mesh', 'layout': ('tensor', 2)},
-    {'parallel': 'auto', 'layout': ('tensor', 4)},
-    {'parallel': 'auto', 'layout': ('fully_sharded', 1)},
+    slow({'parallel': 'auto', 'layout': ('tensor', 4)}),
+    slow({'parallel': 'auto', 'layout': ('fully_sharded', 1)}),
     {'parallel': 'auto', 'layout': ('fully_sharded', 2)},
   ],
 )
-def test_neither_devices_nor_batches_matter(changes, embedded, contexts, saes):
-  want = evaluate(embedded, contexts, saes)
+def test_neither_devices_nor_batches_matter(
+  changes, embedded, contexts, saes, on_four
+):
   got = evaluate(embedded, contexts, saes, **changes)
-  for sae, record in want.items():
+  for sae, record in on_four.items():
     assert got[sae].keys() == record.keys()
     assert_equal(flat(got[sae]), flat(record))
 
 
 @pytest.mark.parametrize('few', [0.0, 2.0])  # Whole products; by tiles.
 def test_decoding_by_tiles_measures_the_same(
-  few, embedded, contexts, saes, monkeypatch
+  few, embedded, contexts, saes, on_four, monkeypatch
 ):
-  whole = evaluate(embedded, contexts, saes)
   asked = []
   decode = tiles.decode
   monkeypatch.setattr(
@@ -217,7 +221,7 @@ def test_decoding_by_tiles_measures_the_same(
   found = evaluate(embedded, contexts, saes)
   assert asked == [(2, LENGTH, FEATURES)] * 2
   for name in saes:
-    assert_equal(flat(found[name]), flat(whole[name]))
+    assert_equal(flat(found[name]), flat(on_four[name]))
   # Only programs of one device do.
   evaluate(embedded, contexts, saes, parallel='mesh')
   assert len(asked) == 2
@@ -340,13 +344,12 @@ def test_pmap_wants_whole_models(embedded):
 
 
 def test_logits_are_compared_a_few_positions_at_a_time(
-  embedded, contexts, saes, monkeypatch
+  embedded, contexts, saes, on_four, monkeypatch
 ):
-  want = evaluate(embedded, contexts, saes)
   # One position of two contexts a device; nothing else is left.
   monkeypatch.setattr(devices_lib.Devices, 'logits', lambda *_: 2 * 2048)
   got = evaluate(embedded, contexts, saes)
-  for name, record in want.items():
+  for name, record in on_four.items():
     assert_equal(flat(got[name]), flat(record))
   shape = (8, LENGTH)
   ids = jax.ShapeDtypeStruct(shape, np.int32)
@@ -358,7 +361,7 @@ def test_logits_are_compared_a_few_positions_at_a_time(
     lowered = jax.jit(fn).lower(
       embedded.params, ids, mask, hidden, (hidden,) * 3
     )
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    return lowered.compile(QUICK).memory_analysis().temp_size_in_bytes
 
   whole = 8 * LENGTH * 2048 * 4
   assert temporary(2**25) > whole > 2 * temporary(8 * 2048)

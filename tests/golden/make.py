@@ -1,4 +1,4 @@
-"""Writes families.json and families.safetensors; see tests/lm/golden.py.
+"""Writes families.json and families.safetensors; see tests/support/golden.py.
 
 python -m tests.golden.make        (needs torch)
 """
@@ -7,8 +7,8 @@ import json
 
 from safetensors.numpy import save_file
 
-from tests.lm import families
-from tests.lm.golden import FOLDER
+from tests.support import families
+from tests.support.golden import FOLDER
 
 
 def main():

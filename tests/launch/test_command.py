@@ -1,65 +1,19 @@
 """`python -m launch` as users run it: what is shown, and one line a mistake."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.commands import SMOKE
-from tests.conftest import ROOT
+from launch import __main__
+from tests.support.commands import SMOKE
+from tests.support.locations import ROOT
 
 TPU = (
   'tpu', 'submit', f'--config={SMOKE}', '--run=gs://bucket/runs/run1',
   '--project=my-project', '--zone=us-west4-a', '--topology=v5e:4x4',
 )  # fmt: skip
-
-
-# Runs a line of words in a folder, again and again; imports once.
-FORKS = """
-import json, os, sys, tempfile
-import gcsfs  # Long to import.
-from launch import __main__, queued, script  # Without flags.
-for line in sys.stdin:
-  folder, words = json.loads(line)
-  with tempfile.TemporaryFile('w+') as out:
-    if pid := os.fork():
-      code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-      out.seek(0)
-      print(json.dumps([code, out.read()]), flush=True)
-      continue
-    os.chdir(folder)
-    os.dup2(out.fileno(), 1)
-    os.dup2(out.fileno(), 2)
-    try:
-      __main__.main(['launch', *words])
-    except SystemExit as e:
-      sys.stderr.flush()
-      sys.stdout.flush()
-      os._exit(e.code or 0)  # In a fork, grpc takes a second to leave.
-"""
-
-
-@pytest.fixture(scope='module')
-def launch():
-  """Exit code and output of `python -m launch` with words, in a folder."""
-  process = subprocess.Popen(
-    [sys.executable, '-c', FORKS],
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-    text=True,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-  )
-
-  def ask(*words, folder=ROOT):
-    print(json.dumps([str(folder), words]), file=process.stdin, flush=True)
-    return json.loads(process.stdout.readline())
-
-  with process:
-    yield ask
-    process.stdin.close()
 
 
 def refuse(launch, *words, match, folder=ROOT):
@@ -70,13 +24,18 @@ def refuse(launch, *words, match, folder=ROOT):
   assert line.startswith('error: ') and match in line, line
 
 
-def test_a_dry_run_shows_the_request_the_line_and_the_script(launch):
+@pytest.mark.integration
+def test_a_dry_run_shows_the_request_the_line_and_the_script(launch, checked):
   flags = (
     '--dry_run', '--spot', '--config.train.steps=50', '--evaluator=v5e:2x2',
     '--config.train.resample_steps=(30,)',
   )  # fmt: skip
   code, rest = launch(*TPU, *flags)
   assert code == 0, rest
+  assert checked == [[
+    f'--config={SMOKE}', '--config.train.steps=50',
+    '--config.train.resample_steps=(30,)', '--chips=16',
+  ]]  # fmt: skip
   found = []
   while rest.strip():
     request, end = json.JSONDecoder().raw_decode(rest)
@@ -95,9 +54,7 @@ def test_a_dry_run_shows_the_request_the_line_and_the_script(launch):
   assert "'--steps=follow'" in script2 and 'v5litepod-4' in line2
 
 
-def test_one_line_for_each_mistake(launch, tmp_path):
-  config = tmp_path / 'mine.py'
-  config.write_text((ROOT / SMOKE).read_text())
+def test_one_line_for_each_mistake(launch):
   flags = {
     '--zone=us-west4': "--zone: 'us-west4' is a region",
     '--topology=v5e:5x5': "unknown topology '5x5' of v5e",
@@ -110,26 +67,54 @@ def test_one_line_for_each_mistake(launch, tmp_path):
     '--env=NÄME=x': "--env: 'NÄME=x' is not NAME=VALUE",
     '--topologie=v5e:4x4': "Unknown command line flag 'topologie'",
     '--config=nowhere.py': 'nowhere.py',
-    f'--config={config}': 'mine.py is not among the files that are sent',
-    '--config.train.steps=0': 'config field train.steps: 0 is too small',
     '--config.train.stepz=3': (
       "--config.train.stepz: the config has no 'stepz'; did you mean 'steps'?"
     ),
+    '--store=gs://': "--store: 'gs://' is not in a bucket; give gs://BUCKET/PATH",
+  }
+  for flag, match in flags.items():
+    refuse(launch, *TPU, flag, match=match)
+  refuse(launch, 'gke', 'submit', match='is missing; see --help')
+  refuse(launch, 'tpu', 'status', '--zone=x', match="command line flag 'zone'")
+
+
+@pytest.mark.integration
+def test_a_config_that_cannot_be_sent_is_one_line(launch, checked, tmp_path):
+  config = tmp_path / 'mine.py'
+  config.write_text((ROOT / SMOKE).read_text())
+  flags = {
+    f'--config={config}': 'mine.py is not among the files that are sent',
     '--config.mesh.model=3': 'model=3 does not cover 16 device(s)',
     '--config.lm.path=/home/me/gemma': (
       "--config.lm.path: '/home/me/gemma' is on this machine alone; give a hub id"
     ),
-    '--store=gs://': "--store: 'gs://' is not in a bucket; give gs://BUCKET/PATH",
     '--config=tests/configs/no_loader.py': 'config field loader is missing',
   }
   for flag, match in flags.items():
     refuse(launch, *TPU, flag, match=match)
+  assert len(checked) == 3
   full = f'--config={ROOT / SMOKE}'
   refuse(launch, *TPU, full, folder=tmp_path, match='not in a git tree')
-  refuse(launch, 'tpus', match="'tpus' is not one of preflight, tpu, gke, loc")
-  refuse(launch, 'tpu', match='must be one of submit, status, watch, logs, del')
-  refuse(launch, 'gke', 'submit', match='is missing; see --help')
-  refuse(launch, 'tpu', 'status', '--zone=x', match="command line flag 'zone'")
+
+
+@pytest.mark.integration
+def test_fields_are_checked_in_a_process_of_its_own(launch):
+  match = 'config field train.steps: 0 is too small'
+  refuse(launch, *TPU, '--config.train.steps=0', match=match)
+
+
+@pytest.mark.parametrize(
+  'words, match',
+  [
+    (['tpus'], "'tpus' is not one of preflight, tpu, gke, local; see"),
+    (['tpu'], 'the next word must be one of submit, status, watch, logs, del'),
+  ],
+)
+def test_words_that_name_no_command(capsys, words, match):
+  with pytest.raises(SystemExit) as leave:
+    __main__.main(['launch', *words])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert leave.value.code == 1 and line.startswith('error: ') and match in line
 
 
 def test_runs_that_were_never_submitted_or_elsewhere(launch, tmp_path):
@@ -148,9 +133,10 @@ def test_runs_that_were_never_submitted_or_elsewhere(launch, tmp_path):
   refuse(launch, 'local', 'logs', mine, match='logs has none of')
   match = 'mine has another config'
   refuse(launch, 'local', 'status', mine, f'--config={SMOKE}', match=match)
-  assert launch('local', 'status', mine) == [0, 'processes: none\n']
+  assert launch('local', 'status', mine) == (0, 'processes: none\n')
 
 
+@pytest.mark.integration
 def test_jax_is_not_imported():
   code = (
     'import sys; from launch import door, gke, local, tpu, worker; '

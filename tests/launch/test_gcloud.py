@@ -9,10 +9,11 @@ import subprocess
 import pytest
 
 from launch import queued
-from tests.launch.fake_metadata import fake_metadata
-from tests.launch.test_specs import spec
+from tests.support.fake_metadata import fake_metadata
+from tests.support.submissions import spec
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
   'changes',
   [

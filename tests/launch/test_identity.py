@@ -11,9 +11,9 @@ from etils import epath
 from gsae_jax.errors import UserError
 from launch import identity
 from launch.submission import check_hosts, date_of_packages
-from tests.conftest import ROOT
-from tests.fake_gcs import FakeGCS
-from tests.launch.runs import CODE, submission
+from tests.support.fake_gcs import FakeGCS
+from tests.support.locations import ROOT
+from tests.support.submissions import CODE, submission
 
 CONFIG = {
   'seed': 0,
@@ -140,7 +140,7 @@ RECORD = """
 import sys
 from gsae_jax.errors import UserError
 from launch import identity
-from tests.launch.runs import submission
+from tests.support.submissions import submission
 for place in sys.argv[1:]:
   run = submission(identity.open_run(place, remote=True))
   try:
@@ -150,6 +150,7 @@ for place in sys.argv[1:]:
 """
 
 
+@pytest.mark.integration
 def test_buckets_written_and_not_to_be_written():
   runs = 'gs://mine/a', 'gs://nobody/a', 'gs://theirs/a'
   with FakeGCS(buckets=('mine', 'theirs')) as gcs:

@@ -91,12 +91,14 @@ def stand_in(tmp_path, monkeypatch):
 LAUNCH = {'namespace': 'n', 'context': 'c', 'jobsets': ['run1']}
 
 
+@pytest.mark.integration
 def test_kubectl_gets_the_manifest(stand_in):
   stand_in('echo "$@"; while read -r line; do echo "< $line"; done')
   printed = kubectl.run(LAUNCH, 'apply', '-f', '-', text='a: 1\n')
   assert printed == '--namespace=n --context=c apply -f -\n< a: 1\n'
 
 
+@pytest.mark.integration
 def test_kubectl_refuses_or_is_not_there(stand_in):
   with pytest.raises(UserError, match='kubectl is not installed; gcloud comp'):
     kubectl.run(LAUNCH, 'get')

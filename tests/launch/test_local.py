@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from tests.commands import start, wait_for
-from tests.conftest import ROOT
-from tests.test_processes import free_port
+from tests.support.commands import free_port, start, wait_for
+from tests.support.locations import ROOT
 
+pytestmark = pytest.mark.integration
 CONFIG = 'tests/configs/one_sae.py'
+# Of what two hosts train, which take ten times as long for a step.
+SHORT = (
+  '--config.train.steps=160', '--config.train.checkpoint_every=150',
+  '--config.train.sparse=never',
+)  # fmt: skip
 
 
 def steps(workdir):
@@ -64,7 +69,7 @@ from gsae_jax import program
 sys.argv = ['x']
 seen = program.Preemption()
 try:
-  program.run(lambda: 42)
+  program.Command(lambda values: None, lambda given: 42).run()
 except SystemExit as e:
   print(e.code, signal.getsignal(signal.SIGTERM).name)
 """
@@ -77,9 +82,9 @@ def test_a_signal_after_the_end_does_not_change_the_code():
   assert done.stdout == '42 SIG_IGN\n', done.stderr
 
 
-def local(verb, run, *flags):
+def start_local(verb, *flags):
   return subprocess.Popen(
-    [sys.executable, '-m', 'launch', 'local', verb, f'--run={run}', *flags],
+    [sys.executable, '-m', 'launch', 'local', verb, *flags],
     cwd=ROOT,
     text=True,
     stdout=subprocess.PIPE,
@@ -87,23 +92,31 @@ def local(verb, run, *flags):
   )
 
 
-def submit(store, run, *changes, hosts=2):
-  flags = f'--config={CONFIG}', f'--store={store}', '--steps=train'
-  shape = f'--processes={hosts}', f'--devices={hosts}'
-  return local('submit', run, *flags, *shape, *changes)
+def training(store, run, *changes, hosts=1):
+  """Arguments of `submit` for training on hosts with as many devices each."""
+  return (
+    f'--run={run}', f'--config={CONFIG}', f'--store={store}', '--steps=train',
+    f'--processes={hosts}', f'--devices={hosts}', *changes,
+  )  # fmt: skip
 
 
-@pytest.mark.slow
+def wait_for_steps(run, process):
+  metrics = run / 'metrics.jsonl'
+  wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+
+
 def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
-  smoke, tmp_path
+  smoke, launch, tmp_path
 ):
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
-  process = submit(smoke[0], whole)
+  submit = lambda run: start_local(
+    'submit', *training(smoke[0], run, *SHORT, hosts=2)
+  )
+  process = submit(whole)
   said, _ = process.communicate(timeout=300)
   assert process.returncode == 0, said
-  process = submit(smoke[0], stopped)
-  metrics = stopped / 'metrics.jsonl'
-  wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+  process = submit(stopped)
+  wait_for_steps(stopped, process)
   pids = json.loads((stopped / 'launch.json').read_text())['pids']
   os.kill(pids[1], signal.SIGTERM)
   sent = time.monotonic()
@@ -114,68 +127,61 @@ def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
   for host in (0, 1):
     assert f'worker 0-{host}: train ended with 42' in said
   first, saved = steps(stopped)
-  assert first == 0 and 0 < saved < 400 and f'step {saved} of 400' in said
-  said, _ = local('status', stopped).communicate(timeout=60)
+  assert first == 0 and 0 < saved < 150 and f'step {saved} of 160' in said
+  _, said = launch('local', 'status', f'--run={stopped}')
   assert 'processes: none' in said and 'trainer: preempted at train' in said
-  process = submit(smoke[0], stopped)
+  process = submit(stopped)
   said, _ = process.communicate(timeout=300)
   assert process.returncode == 0, said
   ours, theirs = (gsae_jax.load(str(w)) for w in (stopped, whole))
-  assert ours.metadata['step'] == theirs.metadata['step'] == 400
+  assert ours.metadata['step'] == theirs.metadata['step'] == 160
   for name, value in theirs.params.items():
     np.testing.assert_array_equal(ours.params[name], value)
-  said, _ = local('logs', stopped, '--host=0-0').communicate(timeout=60)
-  assert 'step 400 of 400' in said
+  _, said = launch('local', 'logs', f'--run={stopped}', '--host=0-0')
+  assert 'step 160 of 160' in said
 
 
-@pytest.mark.slow
-def test_a_run_is_started_from_any_folder_of_the_clone(tmp_path):
-  code = """
-import os, sys
-os.chdir('experiments')
-from launch.__main__ import main
-main(['launch', 'local', 'submit', '--config=smoke.py', '--steps=evaluate', *sys.argv[1:]])
-"""
-  done = subprocess.run(
-    [sys.executable, '-c', code, f'--run={tmp_path}'],
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-  )
+def test_a_run_is_started_from_any_folder_of_the_clone(
+  launch, checked, tmp_path
+):
+  words = f'--run={tmp_path}', '--config=smoke.py', '--steps=evaluate'
+  code, said = launch('local', 'submit', *words, folder=ROOT / 'experiments')
   # It read the config, and found that nothing was trained.
-  assert done.returncode == 1 and 'no checkpoints at' in done.stdout, done
+  assert code == 1 and 'no checkpoints at' in said, said
+  assert checked == [['--config=experiments/smoke.py']]
 
 
-@pytest.mark.slow
-def test_delete_stops_a_run_and_watch_sees_its_end(smoke, tmp_path):
-  endless = '--config.train.steps=1000000'
-  process = submit(smoke[0], tmp_path, endless, hosts=1)
-  metrics = tmp_path / 'metrics.jsonl'
-  wait_for(lambda: metrics.exists() and metrics.read_text(), process)
-  again = submit(smoke[0], tmp_path, endless, hosts=1)
-  assert 'is running (processes' in again.communicate(timeout=60)[0]
-  watch = local('watch', tmp_path, '--poll_seconds=0.1')
-  said, _ = local('delete', tmp_path).communicate(timeout=60)
+def test_delete_stops_a_run_and_watch_sees_its_end(
+  smoke, launch, checked, tmp_path
+):
+  words = training(smoke[0], tmp_path, '--config.train.steps=1000000')
+  process = start_local('submit', *words)
+  wait_for_steps(tmp_path, process)
+  code, said = launch('local', 'submit', *words)
+  assert code == 1 and 'is running (processes' in said
+  run = f'--run={tmp_path}'
+  watch = start_local('watch', run, '--poll_seconds=0.1')
+  _, said = launch('local', 'delete', run)
   assert f'{tmp_path} is left as it is' in said
   assert process.wait(timeout=60) == 42
   process.communicate()
   watch.communicate(timeout=60)
   assert watch.returncode == 0
   assert steps(tmp_path)[-1] > 0
-  said, _ = local('status', tmp_path).communicate(timeout=60)
+  _, said = launch('local', 'status', run)
   assert 'trainer: deleted' in said
 
 
-@pytest.mark.slow
-def test_the_step_of_a_worker_that_is_killed_saves_and_leaves(smoke, tmp_path):
-  process = submit(smoke[0], tmp_path, '--config.train.steps=1000000', hosts=1)
-  metrics = tmp_path / 'metrics.jsonl'
-  wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+def test_the_step_of_a_worker_that_is_killed_saves_and_leaves(
+  smoke, launch, tmp_path
+):
+  words = training(smoke[0], tmp_path, '--config.train.steps=1000000')
+  process = start_local('submit', *words)
+  wait_for_steps(tmp_path, process)
   (worker,) = json.loads((tmp_path / 'launch.json').read_text())['pids']
   os.kill(worker, signal.SIGKILL)
   said, _ = process.communicate(timeout=60)
   assert process.returncode == 42, said
   assert steps(tmp_path)[-1] > 0
-  said, _ = local('status', tmp_path).communicate(timeout=60)
+  _, said = launch('local', 'status', f'--run={tmp_path}')
   assert 'processes: none' in said

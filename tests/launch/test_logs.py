@@ -1,7 +1,10 @@
 """What is kept of what a program prints."""
 
 import os
+import threading
+import types
 
+import pytest
 from etils import epath
 
 from launch import logs
@@ -23,6 +26,35 @@ def test_a_bar_is_kept_as_it_was_last(tmp_path, capsysbinary):
   log.finish()
   assert (tmp_path / 'a/b.log').read_bytes() == b'first\n100%\nlast'
   assert capsysbinary.readouterr().out == b''.join(chunks)
+
+
+def test_longer_logs_are_written_less_often(tmp_path, monkeypatch):
+  long = threading.Event()
+
+  class Event(threading.Event):
+    def wait(self, timeout=None):
+      # 15 s, and 15 s more for a megabyte.
+      assert timeout == 15.0 or timeout == pytest.approx(30.0)
+      if timeout > 15.0:
+        long.set()
+      return super().wait(0.01)
+
+  class Growing(Pipe):
+    def read1(self, size):
+      if len(self._chunks) == 1:
+        long.wait(20)
+      return super().read1(size)
+
+  names = types.SimpleNamespace(
+    Event=Event, Lock=threading.Lock, Thread=threading.Thread
+  )
+  monkeypatch.setattr(logs, 'threading', names)
+  log = logs.Log(
+    Growing((b'x' * 1023 + b'\n') * 1024), epath.Path(tmp_path) / 'b.log'
+  )
+  log.join()
+  log.finish()
+  assert long.is_set()
 
 
 def test_the_newest_log_of_a_host(tmp_path):

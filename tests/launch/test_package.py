@@ -10,6 +10,8 @@ import pytest
 from gsae_jax.errors import UserError
 from launch import package
 
+pytestmark = pytest.mark.integration  # Git's processes.
+
 
 @pytest.fixture
 def tree(tmp_path):

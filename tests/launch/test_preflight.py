@@ -3,10 +3,7 @@
 import dataclasses
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -30,9 +27,8 @@ from launch.preflight import (
   topology,
 )
 from launch.preflight.model import read_model
-from tests.conftest import ROOT
-
-LIBTPU = ROOT / '.venv' / 'libtpu'  # Where `make test` puts it.
+from tests.support import tpu_compiler
+from tests.support.commands import SMOKE, call
 
 MESH = {'sae': 2, 'data': 2, 'model': 4}
 
@@ -475,23 +471,17 @@ def test_the_page_has_what_was_found():
       assert {c['kind'] for c in row['collectives']} == {'all-reduce'}
 
 
-def preflight(*flags, config=ROOT / 'experiments' / 'smoke.py'):
-  """Runs the command, with the compiler on the path."""
-  if not (LIBTPU / 'libtpu').is_dir():
-    pytest.skip(f'no libtpu in {LIBTPU}; make test installs it')
-  return subprocess.run(
-    [sys.executable, '-m', 'launch.preflight', f'--config={config}', *flags],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': f'{LIBTPU}:{ROOT}'},
-  )
+def preflight(*flags, config=SMOKE):
+  """Exit code, standard output and standard error of the command."""
+  command = dict(package='launch.preflight', config=config)
+  return call('command', *flags, **command, **tpu_compiler.environment())
 
 
+@pytest.mark.integration
 def test_what_the_compiler_refuses_is_one_line():
-  done = preflight('--topology=v5e:3x5')
-  assert done.returncode == 1 and 'Traceback' not in done.stderr
-  last = done.stderr.strip().splitlines()[-1]
+  code, _, err = preflight('--topology=v5e:3x5')
+  assert code == 1 and 'Traceback' not in err
+  last = err.strip().splitlines()[-1]
   assert last.startswith("error: --topology: the compiler refuses 'v5e:3x5' (")
 
 
@@ -507,19 +497,19 @@ def get_config():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_does_not_fit_is_refused_with_the_number(tmp_path):
   path = tmp_path / 'large.py'
   path.write_text(LARGE)
-  done = preflight(
+  code, out, err = preflight(
     '--topology=v5e:1x1',
     '--parts=train',
     '--config.train.members=stacked',
     '--config.train.precision=bfloat16',  # It takes a third of the time.
     config=path,
   )
-  assert done.returncode == 1 and 'Traceback' not in done.stderr
-  last = done.stderr.strip().splitlines()[-1]
+  assert code == 1 and 'Traceback' not in err
+  last = err.strip().splitlines()[-1]
   assert re.match(r'error: train needs \d+\.\d\d GiB of the 15\.75', last)
   would = last.partition('; what would fit: ')[2]
   assert re.fullmatch(
@@ -528,33 +518,33 @@ def test_what_does_not_fit_is_refused_with_the_number(tmp_path):
     would,
   )
   assert all(float(n) < 15.75 for n in re.findall(r'\((\S+) GiB', would))
-  assert '**needs ' in done.stdout and 'does not fit' in done.stdout
+  assert '**needs ' in out and 'does not fit' in out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_as_many_contexts_as_fit_are_said():
-  done = preflight(
+  code, out, err = preflight(
     '--topology=v5e:1x1',
     '--parts=harvest',
     '--config.store.batch_contexts=131072',
     '--config.lm.dtype=bfloat16',  # It takes a third of the time.
   )
-  assert done.returncode == 1 and 'Traceback' not in done.stderr
-  last = done.stderr.strip().splitlines()[-1]
+  assert code == 1 and 'Traceback' not in err
+  last = err.strip().splitlines()[-1]
   found = re.search(r'would fit: store.batch_contexts=(\d+) \((\S+) GiB', last)
   assert 4096 <= int(found[1]) < 131072 and 4 < float(found[2]) < 15.75
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_divided_model_sends_sums_and_no_weights():
-  done = preflight(
+  code, out, err = preflight(
     '--topology=v5e:2x2',
     '--parts=harvest',
     '--config.lm.layout=tensor',
     '--config.mesh.model=4',
   )
-  assert done.returncode == 0, done.stderr[-2000:]
-  (row,) = (s for s in done.stdout.splitlines() if s.startswith('| forward'))
+  assert code == 0, err[-2000:]
+  (row,) = (s for s in out.splitlines() if s.startswith('| forward'))
   cells = [c.strip() for c in row.split('|')]
   assert cells[1].startswith('forward, 8 x 32, tensor')
   # Of embeddings, attention and MLP, `[B, L, D]` in float32 each.

@@ -14,10 +14,12 @@ import pytest
 
 from launch import package
 from launch.script import startup_script
-from tests.commands import wait_for
-from tests.fake_gcs import FakeGCS
-from tests.launch.fake_metadata import fake_metadata
-from tests.launch.runs import submission
+from tests.support.commands import wait_for
+from tests.support.fake_gcs import FakeGCS
+from tests.support.fake_metadata import fake_metadata
+from tests.support.submissions import submission
+
+pytestmark = pytest.mark.integration
 
 RUN = 'gs://bucket/runs/run1'
 VALUE = 'it\'s "$HOME" `x`\n& more'

@@ -4,6 +4,7 @@ import pytest
 
 from gsae_jax.errors import UserError
 from launch import specs
+from tests.support.submissions import spec
 
 
 @pytest.mark.parametrize(
@@ -24,21 +25,6 @@ def test_what_a_slice_is(text, accelerator_type, hosts, chips_per_host):
   assert str(found) == text
   assert found.accelerator_type == accelerator_type
   assert (found.hosts, found.chips_per_host) == (hosts, chips_per_host)
-
-
-def spec(topology='v5e:4x4', **changes):
-  values = {
-    'project': 'my-project',
-    'zone': 'us-west4-a',
-    'slice': specs.parse_slice(topology, '--topology'),
-    'slices': 1,
-    'spot': False,
-    'runtime': 'v2-alpha-tpuv5-lite',
-    'service_account': None,
-    'network': None,
-    'valid_hours': None,
-  }
-  return specs.TpuSpec(**values | changes)
 
 
 @pytest.mark.parametrize(

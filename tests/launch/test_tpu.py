@@ -10,8 +10,8 @@ from google.cloud import tpu_v2
 from gsae_jax.errors import UserError
 from launch import identity, queued
 from launch.follow import follow
-from tests.launch.fake_tpu import USUAL, State, fake_tpu
-from tests.launch.test_specs import spec
+from tests.support.fake_tpu import USUAL, State, fake_tpu
+from tests.support.submissions import spec
 
 NAME = 'projects/my-project/locations/us-west4-a/queuedResources/run1'
 
@@ -189,6 +189,41 @@ def test_a_run_that_was_deleted_stays_away(tpu, cloud, tmp_path):
   identity.tell(run, 'trainer', 'deleted', None, None)
   follow(run, launch, cloud, Pause(run))
   assert len(tpu.requests) == 1
+
+
+def test_what_a_watch_asked_for_while_the_run_was_deleted_goes(
+  tpu, cloud, tmp_path
+):
+  run, launch = launched(tmp_path, cloud, trainer='run1')
+  tpu.become(NAME, State.SUSPENDED)
+  create = cloud.create
+
+  def deleted_before(request):
+    identity.tell_deleted(run, ('trainer',))
+    create(request)
+
+  cloud.create = deleted_before
+  follow(run, launch | {'keep': True}, cloud, Pause(run, (None, None)))
+  assert not tpu.live()
+
+
+def test_a_watch_ends_when_the_run_was_submitted_elsewhere(
+  tpu, cloud, tmp_path
+):
+  run, launch = launched(tmp_path, cloud, trainer='run1')
+  elsewhere = queued.to_json(
+    queued.build(spec(zone='us-east1-c'), 'run1', '#!trainer')
+  )
+
+  def submit():
+    new = launch | {'requests': {'trainer': elsewhere}}
+    identity.write_json(run / 'launch.json', new)
+    cloud.create(queued.from_json(elsewhere))
+
+  identity.write_json(run / 'launch.json', launch)
+  with pytest.raises(UserError, match='submitted again; watch it anew'):
+    follow(run, launch, cloud, Pause(run, submit))
+  assert [*tpu.live()] == [queued.full_name(elsewhere)]
 
 
 @pytest.mark.parametrize('hours, most', [(None, 5), (2, 1)])

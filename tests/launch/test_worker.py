@@ -12,9 +12,11 @@ import pytest
 from etils import epath
 
 from launch import identity
-from tests.commands import wait_for
-from tests.conftest import ROOT
-from tests.launch.fake_metadata import fake_metadata
+from tests.support.commands import wait_for
+from tests.support.fake_metadata import fake_metadata
+from tests.support.locations import ROOT
+
+pytestmark = pytest.mark.integration
 
 # A worker whose steps run STEP instead of the programs of the package.
 WORKER = """

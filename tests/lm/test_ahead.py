@@ -9,7 +9,7 @@ import pytest
 
 from gsae_jax.errors import Preempted
 from gsae_jax.lm.ahead import ahead
-from tests.conftest import ROOT
+from tests.support.locations import ROOT
 
 
 def threads():
@@ -67,9 +67,14 @@ def test_closed_or_forgotten_it_leaves_what_it_makes():
     assert not threads()
 
 
+@pytest.mark.integration
 def test_a_program_that_ends_does_not_wait():
   code = (
-    'from tests.lm.test_ahead import ahead, endless\n'
+    'import time\n'
+    'from gsae_jax.lm.ahead import ahead\n'
+    'def endless(unwanted):\n'
+    '  yield 1\n'
+    '  while not unwanted(): time.sleep(0.001)\n'
     'kept = ahead(endless); next(kept)'
   )
   subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=60)

@@ -13,7 +13,7 @@ import pytest
 from gsae_jax.errors import UserError
 from gsae_jax.lm import formats, text
 from gsae_jax.lm.documents import locate, read_documents
-from tests.commands import refuse
+from tests.support.commands import refuse
 
 DOCUMENTS = [
   f'def f{i}(é):\n  return {i} * "日本"\n' * (1 + i % 9) for i in range(120)
@@ -239,6 +239,7 @@ def test_a_dataset_that_is_wrong_has_a_line(folder):
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.integration
 def test_without_a_network_there_is_no_hub():
   refuse(
     'harvest',

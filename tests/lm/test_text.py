@@ -11,7 +11,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.lm import text
 from gsae_jax.lm.contexts import Held
 from gsae_jax.lm.documents import document_id
-from tests.lm import golden_text
+from tests.support import golden_text
 
 
 @pytest.fixture(scope='module')

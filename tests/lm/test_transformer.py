@@ -11,7 +11,7 @@ import pytest
 from gsae_jax.errors import UserError
 from gsae_jax.lm import text
 from gsae_jax.lm.weights import load_language_model
-from tests.conftest import ROOT
+from tests.support.locations import ROOT
 
 
 def cross_entropy(lm, contexts, rows=16):
@@ -27,13 +27,13 @@ def cross_entropy(lm, contexts, rows=16):
   total = count = 0.0
   for i in range(0, len(contexts.ids_CL) // rows * rows, rows):
     mask = contexts.mask_CL[i : i + rows, :-1]
-    total += float(
-      (losses(lm.params, contexts.ids_CL[i : i + rows]) * mask).sum()
-    )
+    each = np.asarray(losses(lm.params, contexts.ids_CL[i : i + rows]))
+    total += float(each[mask].sum())
     count += mask.sum()
   return total / count
 
 
+@pytest.mark.integration
 def test_real_llama_has_its_published_cross_entropy(stories):
   lm = load_language_model(str(stories[0]), revision=None, dtype='float32')
   documents = text.read_documents(str(stories[1]), '<|endoftext|>')
@@ -49,6 +49,7 @@ def test_real_llama_has_its_published_cross_entropy(stories):
   assert abs(cross_entropy(lm, contexts) - 1.275) < 0.03
 
 
+@pytest.mark.integration
 def test_real_llama_writes_its_published_story(stories):
   lm = load_language_model(str(stories[0]), revision=None, dtype='float32')
 
@@ -75,6 +76,7 @@ def test_real_llama_writes_its_published_story(stories):
   )
 
 
+@pytest.mark.integration
 def test_embedded_model_is_as_good_as_its_readme_says(embedded):
   folder = ROOT / 'gsae_jax' / 'lm' / 'embedded'
   results = json.loads((folder / 'results.json').read_text())
@@ -153,6 +155,7 @@ def test_stopping_early_gives_the_same_activations(stories):
     np.testing.assert_allclose(early[site], x, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_bfloat16_is_close_and_is_bfloat16(ids):
   lm = load_language_model('embedded', revision=None, dtype='bfloat16')
   exact = load_language_model('embedded', revision=None, dtype='float32')

@@ -1,86 +1,62 @@
 """Losses and gradients against float64 NumPy written from the equations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsae_jax import sae
-from gsae_jax.sae import make_module
 from gsae_jax.sae.gated import GatedSAE
 from gsae_jax.sae.layers import product
 from gsae_jax.training.loss import error_scale, losses
-from tests.sae import reference
+from tests.support import reference
+from tests.support.dictionaries import (
+  B,
+  F,
+  activations,
+  initial,
+  module_of,
+  trained,
+  with_gaps,
+)
 
-D, F, B = 24, 96, 64
-
-
-def activations(rng, rows=B):
-  """Sparse combinations of directions, with a mean."""
-  codes = rng.exponential(size=(rows, 40)) * (rng.random((rows, 40)) < 0.1)
-  return (codes @ rng.normal(size=(40, D)) / 5 + 0.3).astype(np.float32)
-
-
-def module_of(variant):
-  architecture, options = reference.VARIANTS[variant]
-  return make_module(
-    sae.VARIANTS
-    | {'architecture': architecture, 'width': D, 'features': F}
-    | options
-  )
+TERMS = 'reconstruction', 'sparsity', 'auxiliary'
 
 
-def initial(variant):
-  module = module_of(variant)
-  params = module.init(jax.random.key(1), jnp.zeros((1, D)))['params']
-  params = {k: np.asarray(v, np.float64) for k, v in params.items()}
-  if variant == 'rescale_shift':  # It starts from a baseline.
-    _, baseline = trained('relu', np.random.default_rng(5))
-    params = {k: np.asarray(v) for k, v in module.start(baseline).items()}
-  return module, params
+@functools.cache
+def compiled(module):
+  """The loss, its terms and the gradients of free parameters."""
 
+  def loss(free, frozen, x):
+    loss_B, terms = losses(module, frozen | free, x, 0.1, 0.7)
+    return jnp.mean(loss_B), {k: jnp.mean(terms[k]) for k in TERMS}
 
-def trained(variant, rng, steps=150):
-  """Parameters after real training steps, in float64 by the reference."""
-  module, p = initial(variant)
-  architecture, options = reference.VARIANTS[variant]
-  v = {k: np.zeros_like(w) for k, w in p.items()}
-  for t in range(1, steps + 1):
-    x = activations(rng).astype(np.float64)
-    _, _, g = reference.LOSSES[architecture](p, x, 0.1, **options)
-    p, v = reference.adam_step(p, g, v, t, 3e-3, unit_rows=module.unit_rows)
-  return module, p
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize('state', ['initial', 'trained'])
 @pytest.mark.parametrize('variant', reference.VARIANTS)
-def test_losses_and_gradients_of_every_parameter(variant, state, rng):
+def test_losses_and_gradients_of_every_parameter(variant, state, rng, x64):
   make = {'initial': initial, 'trained': lambda v: trained(v, rng)}[state]
   module, p64 = make(variant)
-  params = {k: jnp.asarray(v, jnp.float32) for k, v in p64.items()}
-  p64 = {k: np.asarray(v, np.float64) for k, v in params.items()}
-  x = activations(rng)
+  params = {k: jnp.asarray(v) for k, v in p64.items()}
+  x = activations(rng).astype(np.float64)
   architecture, options = reference.VARIANTS[variant]
   want_loss, want_terms, want = reference.LOSSES[architecture](
-    p64, x.astype(np.float64), 0.1, error_scale=0.7, **options
+    p64, x, 0.1, error_scale=0.7, **options
   )
   frozen = {k: v for k, v in params.items() if k in module.frozen}
-
-  def loss(p):
-    loss_B, terms = losses(module, frozen | p, x, jnp.float32(0.1), 0.7)
-    return jnp.mean(loss_B), terms
-
   free = {k: v for k, v in params.items() if k not in frozen}
-  (value, terms), got = jax.value_and_grad(loss, has_aux=True)(free)
-  np.testing.assert_allclose(value, want_loss, rtol=1e-6)
+  (value, terms), got = compiled(module)(free, frozen, x)
+  np.testing.assert_allclose(value, want_loss, rtol=1e-12)
+  assert want_terms.keys() == set(TERMS)
   for name in want_terms:
-    np.testing.assert_allclose(
-      np.mean(terms[name]), want_terms[name], rtol=1e-6
-    )
+    np.testing.assert_allclose(terms[name], want_terms[name], rtol=1e-12)
   assert set(got) == set(want)
   for name in want:
     error = np.linalg.norm(got[name] - want[name])
-    assert error <= 1e-5 * np.linalg.norm(want[name]), name
+    assert error <= 1e-11 * np.linalg.norm(want[name]), name
 
 
 def test_the_variants_differ_in_what_they_say_they_do(rng):
@@ -134,7 +110,7 @@ def test_each_term_trains_the_parameters_that_the_paper_says(term, rng):
   params = {k: jnp.asarray(v, jnp.float32) for k, v in p64.items()}
   x = activations(rng)
   one = lambda p: jnp.mean(module.apply({'params': p}, x, method='terms')[term])
-  gradients = jax.grad(one)(params)
+  gradients = jax.jit(jax.grad(one))(params)
   touched = {k for k, g in gradients.items() if np.abs(g).max() > 0}
   assert touched == TRAINED_BY[term]
 
@@ -142,12 +118,12 @@ def test_each_term_trains_the_parameters_that_the_paper_says(term, rng):
 def test_sparsity_and_auxiliary_move_b_dec_through_the_encoder_only(rng):
   # The decoder side would add 2 e / B to the auxiliary term's gradient.
   module, p = trained('gated', rng)
-  x = activations(rng).astype(np.float64)
+  x = with_gaps(activations(rng, rows=2 * B), B, p).astype(np.float64)
   params = {k: jnp.asarray(v, jnp.float32) for k, v in p.items()}
   one = lambda q: jnp.mean(
     module.apply({'params': q}, x, method='terms')['auxiliary']
   )
-  got = jax.grad(one)(params)['b_dec']
+  got = jax.jit(jax.grad(one))(params)['b_dec']
   pi = (x - p['b_dec']) @ p['W_gate'] + p['b_gate']
   e = np.maximum(pi, 0) @ p['W_dec'] + p['b_dec'] - x
   want = -(((2 * e / B) @ p['W_dec'].T * (pi > 0)) @ p['W_gate'].T).sum(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,72 +17,15 @@ from gsae_jax.training import loop
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.groups import make_groups
 from gsae_jax.training.records import read_metrics
-from gsae_jax.training.run import Run
 from gsae_jax.training.state import fold_scale, key_data
-from tests.commands import metrics_of
-from tests.training.conftest import (
+from tests.support.training import (
   member,
   mesh_of,
   open_loader,
+  params_at,
   settings,
-  states,
-)
-
-
-def train(
-  store,
-  workdir,
-  members,
   train,
-  *,
-  stop_at=None,
-  mesh=None,
-  meta=None,
-  **kwargs,
-):
-  """Runs the real loop; returns the lines of metrics.jsonl."""
-  loader = open_loader(store, members, train)
-  at = [-1]
-  inner = loader.batches
-
-  def batches(sharding, *, start):
-    for at[0], batch in enumerate(inner(sharding, start=start), start + 1):
-      yield batch
-
-  loader.batches = batches
-  if stop_at is not None:
-    steps = Checkpoints(str(workdir)).steps()
-    at[0] = steps[-1] if steps else 0
-  metadata = {
-    'schema': 4,
-    'config': {'seed': 0, 'train': {'batch_size': train.batch_size}},
-    'identity': {'seed': 0},
-    'store': store.content_hash,
-    'store_identity': store.identity,
-  }
-  outcome = loop.train(
-    store,
-    loader,
-    members,
-    train,
-    mesh=mesh or make_mesh(1, -1),
-    seed=0,
-    workdir=str(workdir),
-    metadata=metadata | (meta or {}),
-    preempted=lambda: stop_at is not None and at[0] >= stop_at,
-    **kwargs,
-  )
-  assert outcome.finished == (stop_at is None)
-  return metrics_of(workdir)
-
-
-def params_at(workdir, step, store, members, mesh):
-  """Everything a checkpoint holds, as host arrays by path."""
-  run = Run(make_groups(members, settings(), store, mesh, 0), store)
-  with Checkpoints(str(workdir), read_only=True) as saved:
-    run.restore(saved, step)
-  return jax.tree.map(np.asarray, jax.device_get(states(run)))
-
+)
 
 MEMBERS = (
   member('g', l1=0.1),
@@ -89,22 +33,40 @@ MEMBERS = (
 )
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(store, tmp_path):
-  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
-  cut = train(store, tmp_path / 'cut', MEMBERS, settings(), stop_at=17)
+@pytest.fixture(scope='module')
+def whole(store, tmp_path_factory):
+  """The workdir of a run that nothing interrupted, and its metrics' lines.
+
+  No test may change it.
+  """
+  workdir = tmp_path_factory.mktemp('whole')
+  return workdir, train(store, workdir, MEMBERS, settings())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('mesh', ['1', '1x4'])
+def test_resumed_equals_uninterrupted_to_the_bit(mesh, store, whole, tmp_path):
+  mesh = mesh_of(model=4) if mesh == '1x4' else mesh_of()
+  workdir, lines = whole
+  if mesh.size > 1:
+    workdir = tmp_path / 'whole'
+    lines = train(store, workdir, MEMBERS, settings(), mesh=mesh)
+  cut = train(
+    store, tmp_path / 'cut', MEMBERS, settings(), mesh=mesh, stop_at=17
+  )
   assert cut[-1]['step'] == 17
-  resumed = train(store, tmp_path / 'cut', MEMBERS, settings())
-  assert resumed == whole
-  mesh = make_mesh(1, -1)
-  a = params_at(tmp_path / 'whole', 30, store, MEMBERS, mesh)
+  assert train(store, tmp_path / 'cut', MEMBERS, settings(), mesh=mesh) == lines
+  a = params_at(workdir, 30, store, MEMBERS, mesh)
   b = params_at(tmp_path / 'cut', 30, store, MEMBERS, mesh)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert a['g'].step == 30
 
 
-def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
+@pytest.mark.integration
+def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(
+  store, whole, tmp_path
+):
   # The signal comes while the batch of a step that was just saved is made.
-  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
   settings_, meta = settings(), {
     'schema': 4,
     'config': {'seed': 0, 'train': {'batch_size': settings().batch_size}},
@@ -124,73 +86,83 @@ def test_a_stream_that_is_left_behind_a_checkpoint_goes_on(store, tmp_path):
         yield batch
 
   outcome = loop.train(
-    store, Left(), MEMBERS, settings_, mesh=make_mesh(1, -1), seed=0,
+    store, Left(), MEMBERS, settings_, mesh=mesh_of(), seed=0,
     workdir=str(tmp_path / 'cut'), metadata=meta, preempted=lambda: False,
   )  # fmt: skip
   assert not outcome.finished
-  assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole
+  assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole[1]
 
 
-def test_a_crash_loses_only_what_came_after_the_checkpoint(store, tmp_path):
+@pytest.mark.integration
+def test_a_crash_loses_only_what_came_after_the_checkpoint(
+  store, whole, tmp_path
+):
   # As kill -9 would: metrics past the last checkpoint, and half a line.
-  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
   train(store, tmp_path / 'cut', MEMBERS, settings(), stop_at=10)
   path = tmp_path / 'cut' / 'metrics.jsonl'
   line = json.dumps({'step': 13, 'tokens': 0, 'member': 'g', 'loss': 1.0})
   path.write_text(path.read_text() + line + '\n' + line[:20])
-  assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole
+  assert train(store, tmp_path / 'cut', MEMBERS, settings()) == whole[1]
 
 
-def test_resumes_on_another_mesh(store, tmp_path):
-  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
-  meshes = ((4, 1), (1, 4))
-  train(
-    store,
-    tmp_path / 'cut',
-    MEMBERS,
-    settings(),
-    stop_at=17,
-    mesh=make_mesh(*meshes[0]),
-  )
-  resumed = train(
-    store, tmp_path / 'cut', MEMBERS, settings(), mesh=make_mesh(*meshes[1])
-  )
-  for got, want in zip(resumed, whole, strict=True):
+@pytest.mark.integration
+def test_a_run_moved_between_meshes_is_the_one_that_stayed(
+  store, tmp_path, float64
+):
+  one, s = mesh_of(), settings()
+  meshes = one, make_mesh(4, 1), make_mesh(1, 4), make_mesh(2, 2)
+  stayed = train(store, tmp_path / 'stayed', MEMBERS, s, mesh=one)
+  for mesh, stop_at in zip(meshes, (7, 15, 23, None), strict=True):
+    moved = train(
+      store, tmp_path / 'moved', MEMBERS, s, stop_at=stop_at, mesh=mesh
+    )
+  for got, want in zip(moved, stayed, strict=True):
     assert got.keys() == want.keys() and got['step'] == want['step']
     for name in got.keys() & {'loss', 'l0', 'gamma'}:
-      np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
-
-
-def test_a_run_moved_between_meshes_has_the_weights_of_one_that_stayed(
-  store, tmp_path
-):
-  # At the paper's learning rate: what rounding does to a step is in proportion.
-  s = settings(learning_rate=3e-4, warmup_steps=0, l1_warmup_steps=0, steps=60)
-  one = mesh_of()
-  meshes = one, make_mesh(4, 1), make_mesh(2, 2)
-  train(store, tmp_path / 'stayed', MEMBERS, s, mesh=one)
-  for mesh, stop_at in zip(meshes, (20, 40, None), strict=True):
-    train(store, tmp_path / 'moved', MEMBERS, s, stop_at=stop_at, mesh=mesh)
+      np.testing.assert_allclose(got[name], want[name], rtol=1e-9)
   a, b = (
-    params_at(tmp_path / name, 60, store, MEMBERS, one)
+    params_at(tmp_path / name, 30, store, MEMBERS, one)
     for name in ('stayed', 'moved')
   )
   for name, state in a.items():
     for k, v in state.params.items():
-      np.testing.assert_allclose(b[name].params[k], v, atol=1e-6, rtol=0)
+      np.testing.assert_allclose(b[name].params[k], v, atol=1e-12, rtol=0)
       assert np.abs(v).max() > 1e-3
 
 
+@pytest.mark.integration
+def test_a_run_begun_with_the_earlier_adam_says_so_and_continues(
+  store, tmp_path, monkeypatch, capsys
+):
+  line = 'begun with an earlier form of Adam'
+  train(store, tmp_path, MEMBERS, settings(), stop_at=10)
+  train(store, tmp_path, MEMBERS, settings(), stop_at=12)
+  assert line not in capsys.readouterr().err
+  read = Checkpoints.metadata
+
+  def earlier(self, step):
+    return {k: v for k, v in read(self, step).items() if 'optimizer' not in k}
+
+  monkeypatch.setattr(Checkpoints, 'metadata', earlier)
+  train(store, tmp_path, MEMBERS, settings(), stop_at=14)
+  assert capsys.readouterr().err.count(line) == 1
+  monkeypatch.undo()
+  assert train(store, tmp_path, MEMBERS, settings())[-1]['step'] == 30
+  assert line not in capsys.readouterr().err
+
+
+@pytest.mark.integration
 def test_saved_parameters_are_those_of_that_step(store, tmp_path):
   # An asynchronous save must not see what the next, donating step wrote.
   train(store, tmp_path / 'all', MEMBERS, settings(checkpoint_every=5))
   train(store, tmp_path / 'one', MEMBERS, settings(), stop_at=5)
-  mesh = make_mesh(1, -1)
+  mesh = mesh_of()
   a = params_at(tmp_path / 'all', 5, store, MEMBERS, mesh)
   b = params_at(tmp_path / 'one', 5, store, MEMBERS, mesh)
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.integration
 def test_names_schema_and_steps_on_disk(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(checkpoints_kept=2))
   with Checkpoints(str(tmp_path), read_only=True) as saved:
@@ -203,6 +175,7 @@ def test_names_schema_and_steps_on_disk(store, tmp_path):
     assert f"'{name}'" in names or f'"{name}"' in names
 
 
+@pytest.mark.integration
 def test_saved_weights_take_raw_activations(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(steps=60))
   shapes = {'W_enc': [16, 96], 'b_enc': [96], 'W_dec': [96, 16], 'b_dec': [16]}
@@ -233,6 +206,7 @@ def test_folding_the_scale_changes_units_and_nothing_else(architecture, rng):
     )
 
 
+@pytest.mark.integration
 def test_another_config_or_store_is_refused(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(), stop_at=10)
   before = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
@@ -243,6 +217,7 @@ def test_another_config_or_store_is_refused(store, tmp_path):
   assert before == sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
 
 
+@pytest.mark.integration
 def test_allowed_changes_go_on_and_are_told(store, tmp_path):
   identity = {'seed': 0, 'train': {'steps': 30, 'clip_norm': None}}
   run = tmp_path / 'run'
@@ -287,6 +262,7 @@ def test_allowed_changes_go_on_and_are_told(store, tmp_path):
     train(store, run, MEMBERS, settings(), meta={'identity': longer})
 
 
+@pytest.mark.integration
 def test_a_change_of_shape_cannot_be_allowed(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(), stop_at=10)
   for other in (
@@ -298,6 +274,7 @@ def test_a_change_of_shape_cannot_be_allowed(store, tmp_path):
       train(store, tmp_path, other, settings(), allowed=('seed',))
 
 
+@pytest.mark.integration
 def test_what_tokens_are_counted_by_cannot_be_allowed(store, tmp_path):
   meta = lambda size: {'identity': {'train': {'batch_size': size}}}
   train(store, tmp_path, MEMBERS, settings(), stop_at=10, meta=meta(128))
@@ -310,9 +287,9 @@ def test_what_tokens_are_counted_by_cannot_be_allowed(store, tmp_path):
     )  # fmt: skip
 
 
-def test_a_member_may_be_left_out_by_permission(store, tmp_path):
+@pytest.mark.integration
+def test_a_member_may_be_left_out_by_permission(store, whole, tmp_path):
   meta = lambda *names: {'identity': {'saes': dict.fromkeys(names, {'l1': 1})}}
-  whole = train(store, tmp_path / 'whole', MEMBERS, settings())
   run = tmp_path / 'run'
   train(store, run, MEMBERS, settings(), stop_at=10, meta=meta('g', 'r'))
   with pytest.raises(UserError, match='saes.r is .* there and None here'):
@@ -321,11 +298,12 @@ def test_a_member_may_be_left_out_by_permission(store, tmp_path):
     store, run, MEMBERS[:1], settings(), meta=meta('g'), allowed=('saes.r',)
   )
   assert [r for r in lines if r['member'] == 'g'] == [
-    r for r in whole if r['member'] == 'g'
+    r for r in whole[1] if r['member'] == 'g'
   ]
   assert max(r['step'] for r in lines if r['member'] == 'r') == 10
 
 
+@pytest.mark.integration
 def test_another_store_by_permission_brings_its_own_scale(
   store, tmp_path, tmp_path_factory
 ):
@@ -342,12 +320,13 @@ def test_another_store_by_permission_brings_its_own_scale(
       )
     },
   )
-  a = params_at(tmp_path, 10, store, MEMBERS, make_mesh(1, -1))['g'].params
-  b = params_at(tmp_path, 10, longer, MEMBERS, make_mesh(1, -1))['g'].params
+  a = params_at(tmp_path, 10, store, MEMBERS, mesh_of())['g'].params
+  b = params_at(tmp_path, 10, longer, MEMBERS, mesh_of())['g'].params
   np.testing.assert_allclose(b['b_dec'], a['b_dec'] / 2, rtol=1e-6)
   np.testing.assert_array_equal(b['W_gate'], a['W_gate'])
 
 
+@pytest.mark.integration
 def test_the_latest_and_every_so_many_checkpoints_are_kept(store, tmp_path):
   s = settings(
     checkpoint_every=4, checkpoints_kept=2, checkpoints_kept_every=12
@@ -357,6 +336,7 @@ def test_the_latest_and_every_so_many_checkpoints_are_kept(store, tmp_path):
     assert saved.steps() == [0, 12, 24, 28, 30]
 
 
+@pytest.mark.integration
 def test_unknown_schema_is_refused(store, tmp_path):
   train(store, tmp_path, MEMBERS, settings(), meta={'schema': 9})
   with Checkpoints(str(tmp_path), read_only=True) as saved:
@@ -369,6 +349,7 @@ def test_object_storage_that_orbax_cannot_write_is_refused():
     Checkpoints('s3://bucket/run')
 
 
+@pytest.mark.integration
 def test_a_member_that_diverges_is_stopped_and_the_others_go_on(
   store, tmp_path, capsys
 ):
@@ -409,6 +390,7 @@ def test_a_run_without_a_member_goes_on_without_it(store, tmp_path):
     assert event['stopped'] == 'its loss is nan' and event['step'] == 2
 
 
+@pytest.mark.integration
 def test_weights_that_are_finite_with_a_loss_that_is_not_are_not_saved(
   store, tmp_path
 ):
@@ -424,6 +406,7 @@ def test_weights_that_are_finite_with_a_loss_that_is_not_are_not_saved(
     assert np.isfinite(w.params['W_dec']).all()
 
 
+@pytest.mark.integration
 def test_a_stopped_member_cannot_be_changed_and_go_on(store, tmp_path):
   members = (member('w', learning_rate=1e30), *MEMBERS)
   meta = lambda rate: {'identity': {'saes': {'w': {'learning_rate': rate}}}}
@@ -438,6 +421,7 @@ def test_a_stopped_member_cannot_be_changed_and_go_on(store, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.integration
 def test_another_seed_by_permission_is_the_one_that_is_recorded(
   store, tmp_path
 ):
@@ -452,6 +436,7 @@ def test_another_seed_by_permission_is_the_one_that_is_recorded(
   assert load(str(tmp_path)).config['seed'] == 1
 
 
+@pytest.mark.integration
 def test_what_followed_the_run_is_recorded_as_the_runs(store, tmp_path):
   one, two = member(), member('b', learning_rate=1e-3, loss_scale='mean')
   train(store, tmp_path, (one, two), settings(steps=2))
@@ -460,6 +445,7 @@ def test_what_followed_the_run_is_recorded_as_the_runs(store, tmp_path):
   assert (b['learning_rate'], b['loss_scale']) == (np.float32(1e-3), 'mean')
 
 
+@pytest.mark.integration
 def test_a_checkpoint_that_cannot_be_written_is_one_line(
   store, tmp_path, monkeypatch
 ):
@@ -472,6 +458,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(
     train(store, tmp_path, MEMBERS, settings())
 
 
+@pytest.mark.integration
 def test_when_every_member_diverges_the_run_fails(store, tmp_path):
   wild = settings(learning_rate=1e30, checkpoint_every=5, log_every=15)
   with pytest.raises(
@@ -482,8 +469,9 @@ def test_when_every_member_diverges_the_run_fails(store, tmp_path):
     assert saved.steps() == [0]
 
 
-def test_a_damaged_checkpoint_is_named(store, tmp_path):
-  train(store, tmp_path, MEMBERS, settings())
+@pytest.mark.integration
+def test_a_damaged_checkpoint_is_named(store, whole, tmp_path):
+  shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
   for path in (tmp_path / 'checkpoints' / '30').rglob('*'):
     if path.is_file() and 'state' in path.parts and path.stat().st_size > 500:
       path.write_bytes(path.read_bytes()[:100])

@@ -1,6 +1,8 @@
 """Several SAEs by one program: each as if alone, on any mesh, and what is sent."""
 
+import functools
 import re
+import types
 
 import jax
 import numpy as np
@@ -13,15 +15,17 @@ from gsae_jax.sae.gated import GatedSAE
 from gsae_jax.training import state as state_lib
 from gsae_jax.training.groups import make_groups
 from gsae_jax.training.members import make_recipe
-from gsae_jax.training.programs import compile_step
+from gsae_jax.training.programs import compile_step, is_stacked
 from gsae_jax.training.step import Hyperparameters
-from tests.training import test_checkpoints as checkpoints
-from tests.training.conftest import (
+from tests.support.training import (
+  DYING,
   member,
   mesh_of,
+  params_at,
   run_steps,
   settings,
   start,
+  train,
 )
 
 SWEEP = tuple(
@@ -30,7 +34,19 @@ SWEEP = tuple(
 )
 
 
-def close(ours, theirs, tolerance=1e-6):
+@pytest.fixture(scope='module')
+def alone(store):
+  """Losses and state of a member that is trained alone, each once."""
+
+  @functools.cache
+  def run(one, steps):
+    losses, found, _ = run_steps(store, (one,), settings(steps=steps))
+    return losses[one.name], found[one.name]
+
+  return run
+
+
+def close(ours, theirs, tolerance=1e-12):
   """Every array of two members' states."""
   for name in theirs:
     a, b = (jax.device_get(states[name]) for states in (ours, theirs))
@@ -43,27 +59,33 @@ def close(ours, theirs, tolerance=1e-6):
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
-  'mesh', [{}, {'sae': 4}, {'sae': 2, 'model': 2}, {'sae': 2, 'data': 2}]
+  'mesh',
+  [
+    {},
+    pytest.param({'sae': 4}, marks=pytest.mark.slow),
+    {'sae': 2, 'model': 2},
+    {'sae': 2, 'data': 2},
+  ],
 )
-def test_a_stacked_member_is_the_member_alone(mesh, store):
+def test_a_stacked_member_is_the_member_alone(mesh, store, alone, float64):
   mesh = mesh_of(**mesh)
   losses, got, run = run_steps(
     store, SWEEP, settings(steps=20, members='stacked'), mesh=mesh
   )
   assert len(run.groups) == 1
-  alone = {}
   for one in SWEEP:
-    own, state, _ = run_steps(store, (one,), settings(steps=20))
-    np.testing.assert_allclose(losses[one.name], own[one.name], rtol=1e-5)
-    alone |= state
-  close(got, alone, 2e-6)
+    own, state = alone(one, 20)
+    np.testing.assert_allclose(losses[one.name], own, rtol=1e-9)
+    close(got, {one.name: state})
   W_dec = run.groups[0].state.params['W_dec']
   sae, model = mesh.shape['sae'], mesh.shape['model']
   assert W_dec.sharding.shard_shape(W_dec.shape) == (4 // sae, 64 // model, 16)
 
 
-def test_members_of_several_sites_are_one_stack(store):
+@pytest.mark.integration
+def test_members_of_several_sites_are_one_stack(store, alone, float64):
   members = (
     member('a'),
     member('b', site='mlp_out.0', l1=0.2),
@@ -74,8 +96,7 @@ def test_members_of_several_sites_are_one_stack(store):
   losses, _, run = run_steps(store, members, s, mesh=mesh_of(sae=2))
   assert [g.names for g in run.groups] == [('a', 'b', 'c', 'd')]
   for one in members:
-    own, _, _ = run_steps(store, (one,), settings(steps=12))
-    np.testing.assert_allclose(losses[one.name], own[one.name], rtol=1e-5)
+    np.testing.assert_allclose(losses[one.name], alone(one, 12)[0], rtol=1e-9)
   assert losses['a'] != losses['b']
 
 
@@ -97,35 +118,58 @@ def test_groups_are_of_equal_shape_only(store):
     make_groups(SWEEP[:3], settings(), store, mesh_of(sae=2), 0)
 
 
+def test_small_members_are_a_stack_on_accelerators():
+  def stacked(platform, features, **sizes):
+    mesh = types.SimpleNamespace(
+      shape={'sae': 1} | sizes,
+      devices=np.array([types.SimpleNamespace(platform=platform)]),
+    )
+    module = GatedSAE(width=512, features=features)
+    return is_stacked(settings(members='auto', batch_size=4096), module, mesh)
+
+  assert stacked('gpu', 4096) and not stacked('gpu', 2**17)
+  assert not stacked('cpu', 4096) and stacked('cpu', 4096, sae=2)
+
+
+@pytest.mark.integration
+def test_members_of_a_stack_are_born_spread(store):
+  # Or starting would need the memory of whole members on every device.
+  (group,) = make_groups(
+    SWEEP, settings(members='stacked'), store, mesh_of(sae=2, model=2), 0
+  )
+  W_dec = group.fresh(group.members[0], None).params['W_dec']
+  assert W_dec.sharding.shard_shape(W_dec.shape) == (16, 16)
+
+
 @pytest.mark.slow
-def test_a_stack_goes_on_as_members_on_their_own_and_back(store, tmp_path):
+def test_a_stack_goes_on_as_members_on_their_own_and_back(
+  store, tmp_path, float64
+):
   meshes = mesh_of(sae=2, model=2), mesh_of(data=4), mesh_of(sae=4)
   modes = 'stacked', 'looped', 'auto'
-  whole = checkpoints.train(
-    store, tmp_path / 'whole', SWEEP, settings(), mesh=mesh_of()
-  )
+  whole = train(store, tmp_path / 'whole', SWEEP, settings(), mesh=mesh_of())
   stops = 11, 22, None
   for mode, mesh, stop_at in zip(modes, meshes, stops, strict=True):
-    moved = checkpoints.train(
+    moved = train(
       store, tmp_path / 'moved', SWEEP, settings(members=mode), mesh=mesh,
       stop_at=stop_at,
     )  # fmt: skip
   assert len(moved) == len(whole)
   a, b = (
-    checkpoints.params_at(tmp_path / name, 30, store, SWEEP, mesh_of())
+    params_at(tmp_path / name, 30, store, SWEEP, mesh_of())
     for name in ('whole', 'moved')
   )
-  close(a, b, 5e-6)
+  close(a, b)
 
 
-def test_a_stack_is_resampled_like_its_members(store, tmp_path):
+@pytest.mark.integration
+def test_a_stack_is_resampled_like_its_members(store, tmp_path, float64):
+  # A feature that one gate keeps alive would be one more or less.
   members = tuple(member(f'm{i}', l1=20.0 + 5 * i) for i in range(2))
-  s = {'steps': 24, 'dead_after': 3, 'learning_rate': 0.05}
-  s |= {'resample_steps': (20,)}
   found = {}
   for mode, mesh in (('looped', {}), ('stacked', {'sae': 2, 'model': 2})):
-    lines = checkpoints.train(
-      store, tmp_path / mode, members, settings(members=mode, **s),
+    lines = train(
+      store, tmp_path / mode, members, settings(members=mode, **DYING),
       mesh=mesh_of(**mesh),
     )  # fmt: skip
     found[mode] = {
@@ -175,10 +219,11 @@ def compiled(mesh, *, B, D, F, members=0, way='dense'):
   return step.lower(state, x, hyper, which=None).compile()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize('way', ['dense', 'blocked', 'sparse'])
 def test_features_over_devices_send_two_reconstructions_and_no_weights(way):
-  B, D = 512, 128
-  found = collectives(compiled(mesh_of(model=4), B=B, D=D, F=1024, way=way))
+  B, D = 256, 128
+  found = collectives(compiled(mesh_of(model=4), B=B, D=D, F=512, way=way))
   both = 2 * B * D * 4
   # One all-reduce of both; the rest is b_dec's gradient and scalars.
   assert max(size for _, size in found) == both
@@ -193,6 +238,7 @@ def test_rows_over_devices_send_gradients_once():
   assert sum(size for _, size in found) <= 1.05 * 2 * D * F * 4
 
 
+@pytest.mark.integration
 def test_saes_over_devices_send_nothing():
   assert not collectives(
     compiled(mesh_of(sae=4), B=256, D=64, F=512, members=4)
@@ -203,6 +249,7 @@ def test_saes_over_devices_send_nothing():
   assert sum(size for _, size in found) <= 1.01 * 2 * 512 * 128 * 4
 
 
+@pytest.mark.integration
 def test_taking_a_member_out_of_its_stack_spreads_it(store):
   # Or saving would need the memory of the whole stack on every device.
   run = start(

@@ -4,14 +4,14 @@ import itertools
 import sys
 
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsae_jax.activations.loader import Loader
 from gsae_jax.training.progress import Progress
 from gsae_jax.training.records import read_metrics
-from tests.training import test_checkpoints as checkpoints
-from tests.training.conftest import member, mesh_of, settings
+from tests.support.training import member, mesh_of, settings, train
 
 VALUES = {'a': {'loss': 1.0, 'l0': 10.0}, 'b': {'loss': 3.0, 'l0': 20.0}}
 
@@ -61,10 +61,9 @@ def test_rates_are_of_the_time_since_the_last_call(monkeypatch):
   assert 5e7 < second['host_memory_bytes'] < 1e11
 
 
+@pytest.mark.integration
 def test_a_run_says_how_fast_it_is(store, tmp_path):
-  checkpoints.train(
-    store, tmp_path, (member(),), settings(steps=6, log_every=2)
-  )
+  train(store, tmp_path, (member(),), settings(steps=6, log_every=2))
   rates = [
     r for r in read_metrics(tmp_path / 'metrics.jsonl') if r['member'] is None
   ]

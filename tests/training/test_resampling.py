@@ -12,17 +12,18 @@ from gsae_jax.errors import Preempted
 from gsae_jax.training import resampling
 from gsae_jax.training.checkpoints import Checkpoints
 from gsae_jax.training.members import make_recipe
-from tests.sae import reference
-from tests.training.conftest import (
+from tests.support import reference
+from tests.support.training import (
+  DYING,
   member,
   mesh_of,
   open_loader,
   settings,
   start,
   states,
+  train,
   turned,
 )
-from tests.training.test_checkpoints import train
 
 
 def test_draws_have_odds_of_the_loss_squared():
@@ -96,47 +97,52 @@ def test_dead_features_start_anew_and_the_others_do_not_move(store, rng):
         np.testing.assert_array_equal(part(new_p, dead), 0)
 
 
-# A huge coefficient and rate shut gates, so that there are dead features.
-DYING = {
-  'steps': 40, 'dead_after': 5, 'l1_warmup_steps': 0, 'learning_rate': 0.05
-}  # fmt: skip
-
-
+@pytest.mark.integration
 def test_a_run_resamples_at_its_steps_and_says_so(store, tmp_path):
   members = (member(l1=30.0),)
-  events = train(
-    store, tmp_path / 'yes', members, settings(resample_steps=(30,), **DYING)
-  )
+  events = train(store, tmp_path / 'yes', members, settings(**DYING))
   (event,) = [e for e in events if 'resampled' in e]
-  assert event['step'] == 30 and event['member'] == 'a'
+  assert event['step'] == 20 and event['member'] == 'a'
   assert event['resampled'] > 0
-  before = [e for e in events if e.get('step') == 30 and 'l0' in e]
-  after = [e for e in events if e.get('step') == 31 and 'l0' in e]
+  before = [e for e in events if e.get('step') == 20 and 'l0' in e]
+  after = [e for e in events if e.get('step') == 21 and 'l0' in e]
   assert after[0]['l0'] > before[0]['l0']
   assert after[0]['learning_rate'] < 0.2 * before[0]['learning_rate']
 
 
+@pytest.mark.integration
 def test_a_resumed_run_resamples_alike(store, tmp_path):
   members = (member(l1=30.0),)
-  s = settings(resample_steps=(30,), **DYING)
+  s = settings(**DYING)
   whole = train(store, tmp_path / 'whole', members, s)
-  train(store, tmp_path / 'cut', members, s, stop_at=32)
-  # As if killed behind the event: the checkpoint at 30 is the latest.
-  shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '32')
+  train(store, tmp_path / 'cut', members, s, stop_at=22)
+  # As if killed behind the event: the checkpoint at 20 is the latest.
+  shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '22')
   assert train(store, tmp_path / 'cut', members, s) == whole
   shapes = {'W_dec': [64, 16], 'W_gate': [16, 64]}
   saved = []
   for name in ('whole', 'cut'):
     with Checkpoints(str(tmp_path / name), read_only=True) as c:
-      saved.append(c.restore_params(40, {'a': shapes})['a'])
+      saved.append(c.restore_params(24, {'a': shapes})['a'])
   for name in shapes:
     np.testing.assert_array_equal(saved[0][name], saved[1][name])
 
 
+SPREAD = {'data': 2, 'model': 2}
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
-  'variant', [{}, {'encoder': 'untied'}, {'architecture': 'relu'}]
+  ('variant', 'mesh'),
+  [
+    ({}, {}),
+    ({}, SPREAD),
+    ({'encoder': 'untied'}, {}),
+    pytest.param({'encoder': 'untied'}, SPREAD, marks=pytest.mark.slow),
+    ({'architecture': 'relu'}, {}),
+    pytest.param({'architecture': 'relu'}, SPREAD, marks=pytest.mark.slow),
+  ],
 )
-@pytest.mark.parametrize('mesh', [{}, {'data': 2, 'model': 2}])
 def test_dead_features_are_revived_and_only_they_are_touched(
   variant, mesh, store
 ):

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from gsae_jax.restore import load
-from tests.sae import reference
-from tests.training import test_checkpoints as checkpoints
-from tests.training.conftest import (
+from tests.support import reference
+from tests.support.training import (
   member,
   mesh_of,
   run_steps,
   settings,
   start,
+  train,
 )
 
 
@@ -35,17 +35,16 @@ def baseline(store, tmp_path_factory):
   """A trained baseline that shrinks."""
   workdir = tmp_path_factory.mktemp('baseline')
   one = member('r', architecture='relu', l1=0.4)
-  checkpoints.train(store, workdir, (one,), settings(steps=150))
+  train(store, workdir, (one,), settings(steps=150))
   return workdir
 
 
+@pytest.mark.integration
 def test_rescale_and_shift_learns_two_vectors_on_a_frozen_baseline(
   store, baseline, tmp_path
 ):
   s = settings(steps=150)
-  lines = checkpoints.train(
-    store, tmp_path, (shift(),), s, baseline=baseline_of(baseline)
-  )
+  lines = train(store, tmp_path, (shift(),), s, baseline=baseline_of(baseline))
   before, after = load(str(baseline)), load(str(tmp_path))
   for name in ('W_enc', 'b_enc', 'W_dec', 'b_dec'):
     np.testing.assert_allclose(
@@ -56,11 +55,12 @@ def test_rescale_and_shift_learns_two_vectors_on_a_frozen_baseline(
   assert logged[-1]['gamma'] > logged[0]['gamma'] + 0.02
   assert abs(logged[-1]['gamma'] - 1) < 0.04
   # It goes on without the baseline.
-  checkpoints.train(store, tmp_path / 'a', (shift(),), s, stop_at=70,
+  train(store, tmp_path / 'a', (shift(),), s, stop_at=70,
                     baseline=baseline_of(baseline))  # fmt: skip
-  assert checkpoints.train(store, tmp_path / 'a', (shift(),), s) == lines
+  assert train(store, tmp_path / 'a', (shift(),), s) == lines
 
 
+@pytest.mark.integration
 def test_rescale_and_shift_starts_as_its_baseline_whatever_the_scale(
   store, baseline
 ):
@@ -77,8 +77,9 @@ def test_rescale_and_shift_starts_as_its_baseline_whatever_the_scale(
     np.testing.assert_allclose(f, load(str(baseline)).encode(x), atol=1e-4)
 
 
+@pytest.mark.integration
 def test_frozen_features_are_not_resampled(store, baseline, tmp_path):
-  lines = checkpoints.train(
+  lines = train(
     store, tmp_path, (shift(),),
     settings(resample_steps=(20,), dead_after=1),
     baseline=baseline_of(baseline),
@@ -86,16 +87,27 @@ def test_frozen_features_are_not_resampled(store, baseline, tmp_path):
   assert not any('resampled' in r for r in lines)
 
 
-@pytest.mark.slow
+# Of the others, gradients and trajectories are tested, and what they are loaded as
+# is the same code.
+_ONE = 'untied_norms_free'
+
+
 @pytest.mark.parametrize(
-  'variant', [v for v in reference.VARIANTS if v != 'rescale_shift']
+  'variant',
+  [
+    pytest.param(
+      v, marks=pytest.mark.integration if v == _ONE else pytest.mark.slow
+    )
+    for v in reference.VARIANTS
+    if v != 'rescale_shift'
+  ],
 )
 def test_every_variant_trains_and_is_loaded_as_what_it_is(
   variant, store, tmp_path
 ):
   architecture, options = reference.VARIANTS[variant]
   one = member('v', architecture=architecture, features=32, **options)
-  lines = checkpoints.train(store, tmp_path, (one,), settings(steps=40))
+  lines = train(store, tmp_path, (one,), settings(steps=40))
   losses = [r['loss'] for r in lines if 'loss' in r]
   assert losses[-1] < 0.8 * losses[0]
   sae = load(str(tmp_path))

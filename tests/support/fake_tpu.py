@@ -25,10 +25,13 @@ class FakeTpu:
     requests: all that were created, in order.
     scripts: states of the next requests, one script for each; then USUAL.
     refuse: a method's name and the error that it gives instead.
+    deleting: states that a deleted request has, a state at each look, until it
+      is gone.
   """
 
   def __init__(self):
     self.calls, self.requests, self.scripts, self.refuse = [], [], [], {}
+    self.deleting = ()
     self._states = {}  # By name: those that are to come; the last stays.
     methods = {
       'CreateQueuedResource': (
@@ -68,6 +71,17 @@ class FakeTpu:
       transport=transports.TpuGrpcTransport(channel=self._channel)
     )
 
+  def live(self) -> dict[str, State]:
+    """Returns the requests that are there, with the states they have now."""
+    found = {name: states[0] for name, states in self._states.items()}
+    return {name: state for name, state in found.items() if state is not None}
+
+  def become(self, name: str, *states: State) -> None:
+    """Gives a request other states to go through; none takes it away."""
+    self._states.pop(name, None)
+    if states:
+      self._states[name] = list(states)
+
   def close(self) -> None:
     self._channel.close()
     self._server.stop(None).wait()
@@ -95,6 +109,9 @@ class FakeTpu:
     if not states:
       context.abort(grpc.StatusCode.NOT_FOUND, f'{request.name} is not there')
     state = states.pop(0) if len(states) > 1 else states[0]
+    if state is None:  # It was deleted.
+      self.become(request.name)
+      context.abort(grpc.StatusCode.NOT_FOUND, f'{request.name} is not there')
     resource = tpu_v2.QueuedResource(
       name=request.name, state=tpu_v2.QueuedResourceState(state=state)
     )
@@ -108,7 +125,9 @@ class FakeTpu:
     )
     if request.name not in self._states:
       context.abort(grpc.StatusCode.NOT_FOUND, f'{request.name} is not there')
-    del self._states[request.name]
+    self.become(request.name)
+    if self.deleting:
+      self._states[request.name] = [*self.deleting, None]
     return _operation(empty_pb2.Empty())
 
 

@@ -7,10 +7,11 @@ residual streams of transformers' PyTorch: families are checked where it is not.
 import json
 
 import numpy as np
+import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
-from tests.conftest import ROOT
+from tests.support.locations import ROOT
 
 FOLDER = ROOT / 'tests' / 'golden'
 
@@ -31,6 +32,28 @@ def write_tokenizer(folder, vocabulary):
     {f'w{i}': i for i in range(vocabulary)}, 'w0'
   )
   tokenizers.Tokenizer(words).save(str(folder / 'tokenizer.json'))
+
+
+# One configuration of each family, where what a test shows is the family's.
+OF_FAMILIES = (
+  'gpt2',
+  'neox',
+  'llama',
+  'mistral',
+  'qwen2',
+  'qwen3_flags',
+  'gemma',
+  'gemma2',
+  'gemma3_scaled',
+)
+
+
+def marked_cases(mark, but=OF_FAMILIES):
+  """Parameters: the names of all configurations, with a mark where not in `but`."""
+  return [
+    pytest.param(name, marks=() if name in but else mark)
+    for name in read_cases()
+  ]
 
 
 def read_cases():

@@ -4,7 +4,10 @@ import numpy as np
 import torch
 import transformers
 
-from tests.lm.golden import make_tensors, write_tokenizer
+from tests.support.golden import make_tensors, write_tokenizer
+
+# Products are small: a second thread would only wait.
+torch.set_num_threads(1)
 
 LENGTH, VOCABULARY, LAYERS = 40, 96, 3
 

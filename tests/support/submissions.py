@@ -2,6 +2,7 @@
 
 from etils import epath
 
+from launch import specs
 from launch.package import Code
 from launch.submission import Submission
 
@@ -19,3 +20,18 @@ def submission(run, **changes):
     'code': CODE,
   }
   return Submission(**values | changes)
+
+
+def spec(topology='v5e:4x4', **changes):
+  values = {
+    'project': 'my-project',
+    'zone': 'us-west4-a',
+    'slice': specs.parse_slice(topology, '--topology'),
+    'slices': 1,
+    'spot': False,
+    'runtime': 'v2-alpha-tpuv5-lite',
+    'service_account': None,
+    'network': None,
+    'valid_hours': None,
+  }
+  return specs.TpuSpec(**values | changes)
