@@ -13,6 +13,7 @@ from tests.support.locations import ROOT
 TPU = (
   'tpu', 'submit', f'--config={SMOKE}', '--run=gs://bucket/runs/run1',
   '--project=my-project', '--zone=us-west4-a', '--topology=v5e:4x4',
+  '--dry_run',
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def refuse(launch, *words, match, folder=ROOT):
 @pytest.mark.integration
 def test_a_dry_run_shows_the_request_the_line_and_the_script(launch, checked):
   flags = (
-    '--dry_run', '--spot', '--config.train.steps=50', '--evaluator=v5e:2x2',
+    '--spot', '--config.train.steps=50', '--evaluator=v5e:2x2',
     '--config.train.resample_steps=(30,)',
   )  # fmt: skip
   code, rest = launch(*TPU, *flags)

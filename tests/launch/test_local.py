@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
+from launch import local
 from tests.support.commands import free_port, start, wait_for
 from tests.support.locations import ROOT
 
@@ -82,14 +83,27 @@ def test_a_signal_after_the_end_does_not_change_the_code():
   assert done.stdout == '42 SIG_IGN\n', done.stderr
 
 
-def start_local(verb, *flags):
-  return subprocess.Popen(
-    [sys.executable, '-m', 'launch', 'local', verb, *flags],
-    cwd=ROOT,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-  )
+@pytest.fixture
+def start_local():
+  """Starts `launch local` in a process, which does not outlive the test."""
+  processes = []
+
+  def start_one(verb, *flags):
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'launch', 'local', verb, *flags],
+      cwd=ROOT,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+    processes.append(process)
+    return process
+
+  yield start_one
+  for process in processes:
+    if process.poll() is None:
+      process.terminate()  # It stops what it started.
+      process.communicate(timeout=60)
 
 
 def training(store, run, *changes, hosts=1):
@@ -106,16 +120,13 @@ def wait_for_steps(run, process):
 
 
 def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
-  smoke, launch, tmp_path
+  smoke, launch, checked, start_local, tmp_path
 ):
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
-  submit = lambda run: start_local(
-    'submit', *training(smoke[0], run, *SHORT, hosts=2)
-  )
-  process = submit(whole)
-  said, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, said
-  process = submit(stopped)
+  words = lambda run: training(smoke[0], run, *SHORT, hosts=2)
+  code, said = launch('local', 'submit', *words(whole))
+  assert code == 0, said
+  process = start_local('submit', *words(stopped))
   wait_for_steps(stopped, process)
   pids = json.loads((stopped / 'launch.json').read_text())['pids']
   os.kill(pids[1], signal.SIGTERM)
@@ -130,9 +141,8 @@ def test_two_hosts_stopped_by_a_signal_to_one_and_taken_up_again(
   assert first == 0 and 0 < saved < 150 and f'step {saved} of 160' in said
   _, said = launch('local', 'status', f'--run={stopped}')
   assert 'processes: none' in said and 'trainer: preempted at train' in said
-  process = submit(stopped)
-  said, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, said
+  code, said = launch('local', 'submit', *words(stopped))
+  assert code == 0, said
   ours, theirs = (gsae_jax.load(str(w)) for w in (stopped, whole))
   assert ours.metadata['step'] == theirs.metadata['step'] == 160
   for name, value in theirs.params.items():
@@ -152,12 +162,14 @@ def test_a_run_is_started_from_any_folder_of_the_clone(
 
 
 def test_delete_stops_a_run_and_watch_sees_its_end(
-  smoke, launch, checked, tmp_path
+  smoke, launch, checked, start_local, tmp_path, monkeypatch
 ):
   words = training(smoke[0], tmp_path, '--config.train.steps=1000000')
   process = start_local('submit', *words)
   wait_for_steps(tmp_path, process)
-  code, said = launch('local', 'submit', *words)
+  with monkeypatch.context() as patch:
+    patch.setattr(local, '_run', lambda *_: pytest.fail('it runs twice'))
+    code, said = launch('local', 'submit', *words)
   assert code == 1 and 'is running (processes' in said
   run = f'--run={tmp_path}'
   watch = start_local('watch', run, '--poll_seconds=0.1')
@@ -173,7 +185,7 @@ def test_delete_stops_a_run_and_watch_sees_its_end(
 
 
 def test_the_step_of_a_worker_that_is_killed_saves_and_leaves(
-  smoke, launch, tmp_path
+  smoke, launch, start_local, tmp_path
 ):
   words = training(smoke[0], tmp_path, '--config.train.steps=1000000')
   process = start_local('submit', *words)

@@ -26,6 +26,8 @@ from launch.preflight import (
   tables,
   topology,
 )
+from launch.preflight import model as model_lib
+from launch.preflight.measure import DoesNotFit
 from launch.preflight.model import read_model
 from tests.support import tpu_compiler
 from tests.support.commands import SMOKE, call
@@ -521,7 +523,52 @@ def test_what_does_not_fit_is_refused_with_the_number(tmp_path):
   assert '**needs ' in out and 'does not fit' in out
 
 
-@pytest.mark.integration
+def test_fewer_contexts_and_larger_chips_are_said(monkeypatch):
+  """Of a harvest whose contexts take 8 MiB each; nothing is compiled."""
+
+  def measure(program):
+    peak = program.args[1].shape[0] // program.mesh.size * 2**23
+    usable = program.machine.chip.usable
+    if peak > usable:
+      raise DoesNotFit(*(f'{n / 2**30:.2f}G' for n in (peak, usable)))
+    return {
+      'flops_per_chip': 1, 'memory_bytes': 1, 'collectives': [],
+      'held': {
+        'arguments': 2**40, 'temporary': 0, 'code': 0, 'peak': peak,
+      },
+      'seconds': {'compute': 1, 'memory': 0, 'network': 0},
+    }  # fmt: skip
+
+  monkeypatch.setattr(remedies, 'measure', measure)
+  monkeypatch.setattr(parts.measured, '__defaults__', (measure,))
+  cpus = lambda machine: jax.devices()[: machine.chips]
+  for module in (topology, model_lib):
+    monkeypatch.setattr(module, 'devices', cpus)
+  raw = smoke.get_config()
+  raw.store.batch_contexts = 4096
+  config = config_lib.parse(raw)
+  machine = topology.machine('v5e:1x1')
+  told = []
+  found = examine.examine(
+    config, read_model(config.lm), machine, wanted=['harvest'], say=told.append
+  )
+  # The last pass's float32 rows of both sites are on their way to the host.
+  assert 4096 * 32 * (128 + 512) * 4 == 0.3125 * 2**30
+  assert found.problems == [
+    'harvest needs 32.31 GiB of the 15.75 that a chip of v5e:1x1 has; what would '
+    'fit: store.batch_contexts=1024 (8.00 GiB); or v5p:2x2x1 (32.00 GiB)'
+  ]
+  (row,) = (line for line in told if line.startswith('| forward'))
+  assert '**needs 32.00G of 15.75G**' in row
+  # 2048 contexts are not compiled: they would take 16 GiB.
+  assert [line for line in told if line.startswith('compiling')] == [
+    'compiling what may fit: store.batch_contexts=1024',
+    'compiling what may fit: v5p:2x2x1',
+  ]
+
+
+# The compiler takes 12 seconds for each of two programs that fill a chip.
+@pytest.mark.slow
 def test_as_many_contexts_as_fit_are_said():
   code, out, err = preflight(
     '--topology=v5e:1x1',
